@@ -20,5 +20,6 @@
 
 pub mod extent;
 pub mod memmap;
+pub mod persist;
 pub mod range;
 pub mod size;

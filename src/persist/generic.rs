@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The default of architectures without a machine of their own: right bytes, no durability.
+
+use super::{
+    CpuFeatures,
+    Machine,
+    Source, //
+};
+use core::sync::atomic::{
+    fence,
+    Ordering, //
+};
+
+/// A `T` at any address.
+#[repr(C, packed)]
+struct Unaligned<T>(T);
+
+/// Stores through the cache and never writes back.
+#[derive(Clone, Copy, Debug)]
+pub struct Generic;
+
+impl Generic {
+    /// There is nothing to choose.
+    pub const fn new(_cpu: CpuFeatures) -> Self {
+        Self
+    }
+
+    /// There is nothing to ask for.
+    pub fn detect() -> CpuFeatures {
+        CpuFeatures::default()
+    }
+
+    /// Stores `count` values of `T` at `dst`.
+    ///
+    /// # Safety
+    ///
+    /// `dst` and `src` must be valid, as said at [`Machine`], `dst` must be aligned for `T`, and
+    /// zero must be a value of `T`, as each pattern of bits must be.
+    #[inline]
+    unsafe fn put<T: Default>(dst: *mut u8, src: Source, count: usize) {
+        let dst = dst.cast::<T>();
+
+        for i in 0..count {
+            let value = match src {
+                Source::Zeros => T::default(),
+                // SAFETY: By the safety contract of this function, `src` is valid for `count` of
+                // `T`, and any address is aligned for `Unaligned`.
+                Source::Memory(src) => unsafe {
+                    src.cast::<Unaligned<T>>().wrapping_add(i).read_volatile().0
+                },
+            };
+            // SAFETY: By the safety contract of this function.
+            unsafe { dst.wrapping_add(i).write_volatile(value) };
+        }
+    }
+}
+
+impl Machine for Generic {
+    const DURABLE: bool = false;
+
+    fn name(self) -> &'static str {
+        "generic"
+    }
+
+    #[inline]
+    unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { Self::put::<u8>(dst, src, len) }
+    }
+
+    #[inline]
+    unsafe fn stream_half(self, dst: *mut u8, src: Source) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { Self::put::<u32>(dst, src, 1) }
+    }
+
+    #[inline]
+    unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { Self::put::<u64>(dst, src, granules) }
+    }
+
+    #[inline]
+    unsafe fn write_back(self, _addr: *const u8) {}
+
+    #[inline]
+    fn fence(self) {
+        // It keeps the order that others see, which is all there is to keep.
+        fence(Ordering::SeqCst);
+    }
+}

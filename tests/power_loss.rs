@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The model of a memory that can lose power: each state that a store can be in, and each image
+//! that a power loss can leave of it. A state that the model forgot would be a bug that no test of
+//! power loss could find.
+
+use pmem_core::persist::{
+    model::Memory,
+    Persist, //
+};
+use std::collections::BTreeSet;
+
+/// The first byte of each granule, in all images of a power loss now.
+fn images(memory: &Memory) -> BTreeSet<Vec<u8>> {
+    memory
+        .crash_images(1 << 12, 0)
+        .map(|image| image.into_iter().step_by(8).collect())
+        .collect()
+}
+
+/// Sets the granule of this number to `byte`s, past the cache.
+fn stream(memory: &Memory, granule: usize, byte: u8) {
+    // SAFETY: Both have 8 bytes.
+    unsafe { Persist::on(memory).copy(memory.addr(granule * 8), [byte; 8].as_ptr(), 8) };
+}
+
+/// Writes back the line of the granule of this number.
+fn write_back(memory: &Memory, granule: usize) {
+    // SAFETY: The memory has these bytes.
+    unsafe { Persist::on(memory).write_back(memory.addr(granule * 8), 8) };
+}
+
+fn fence(memory: &Memory) {
+    Persist::on(memory).fence();
+}
+
+#[test]
+fn a_dirty_line_may_be_evicted_and_a_fence_alone_does_not_help() {
+    let memory = Memory::new(16);
+
+    memory.write(0, &[1; 8]);
+    assert_eq!(images(&memory), [vec![0, 0], vec![1, 0]].into());
+
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![0, 0], vec![1, 0]].into());
+
+    write_back(&memory, 0);
+    assert_eq!(images(&memory), [vec![0, 0], vec![1, 0]].into());
+
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![1, 0]].into());
+    assert_eq!(memory.in_flight(), 0);
+}
+
+#[test]
+fn stores_past_the_cache_need_just_a_fence_and_keep_no_order() {
+    let memory = Memory::new(16);
+
+    stream(&memory, 0, 1);
+    stream(&memory, 1, 2);
+    assert_eq!(
+        images(&memory),
+        [vec![0, 0], vec![1, 0], vec![0, 2], vec![1, 2]].into()
+    );
+
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![1, 2]].into());
+}
+
+#[test]
+fn a_fence_orders() {
+    let memory = Memory::new(16);
+
+    stream(&memory, 0, 1);
+    fence(&memory);
+    stream(&memory, 1, 2);
+    assert_eq!(images(&memory), [vec![1, 0], vec![1, 2]].into());
+}
+
+#[test]
+fn a_line_is_written_back_as_it_was() {
+    let memory = Memory::new(8);
+
+    memory.write(0, &[1; 8]);
+    write_back(&memory, 0);
+    memory.write(0, &[2; 8]);
+    assert_eq!(images(&memory), [vec![0], vec![1], vec![2]].into());
+
+    // What was stored later is still dirty, what was there before is gone.
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![1], vec![2]].into());
+}
+
+#[test]
+fn a_line_is_written_back_as_a_whole() {
+    let memory = Memory::new(128);
+
+    memory.write(0, &[1; 128]);
+    write_back(&memory, 3);
+    fence(&memory);
+
+    assert_eq!(memory.in_flight(), 8);
+    assert_eq!(memory.durable(), [[1; 64], [0; 64]].concat());
+}
+
+#[test]
+fn what_was_overwritten_and_made_durable_does_not_come_back() {
+    let memory = Memory::new(8);
+
+    memory.write(0, &[1; 8]);
+    stream(&memory, 0, 2);
+    assert_eq!(images(&memory), [vec![0], vec![1], vec![2]].into());
+
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![2]].into());
+    assert_eq!(memory.in_flight(), 0);
+
+    // Nor where it was overwritten in part.
+    memory.write(0, &[3; 8]);
+    // SAFETY: Both have 4 bytes.
+    unsafe { Persist::on(&memory).copy(memory.addr(4), [4; 4].as_ptr(), 4) };
+    fence(&memory);
+    let halves: BTreeSet<_> = memory.crash_images(100, 0).collect();
+    let [old, new] = [[2, 2, 2, 2, 4, 4, 4, 4], [3, 3, 3, 3, 4, 4, 4, 4]];
+    assert_eq!(halves, [old.to_vec(), new.to_vec()].into());
+}
+
+#[test]
+fn a_store_is_cut_at_granules() {
+    let memory = Memory::new(32);
+
+    memory.write(7, &[1; 10]);
+
+    assert_eq!(memory.in_flight(), 3);
+    assert_eq!(memory.crash_images(8, 0).count(), 8);
+    assert_eq!(memory.crash_images(8, 0).collect::<BTreeSet<_>>().len(), 8);
+}
+
+#[test]
+fn what_cpus_see_is_not_what_is_durable() {
+    let memory = Memory::boot(b"before");
+
+    memory.write(0, b"after");
+    assert_eq!(memory.read(0, 6), b"aftere");
+    assert_eq!(memory.durable(), b"before");
+
+    // SAFETY: The byte is in the memory, which no other thread uses.
+    assert_eq!(unsafe { memory.addr(1).read() }, b'f');
+}
+
+#[test]
+fn after_a_boot_all_is_durable() {
+    let memory = Memory::new(64);
+    stream(&memory, 1, 1);
+
+    for image in memory.crash_images(2, 0) {
+        let booted = Memory::boot(&image);
+        assert_eq!(booted.read(0, 64), image);
+        assert_eq!(booted.crash_images(2, 0).collect::<Vec<_>>(), [image]);
+    }
+}
+
+#[test]
+fn too_many_images_are_sampled_with_the_extremes_in_them() {
+    const GRANULES: usize = 1000;
+    let memory = Memory::new(GRANULES * 8);
+    for granule in 0..GRANULES {
+        stream(&memory, granule, 1);
+    }
+
+    let images: Vec<_> = memory.crash_images(400, 7).collect();
+    let survivors: Vec<usize> = images
+        .iter()
+        .map(|image| image.iter().step_by(8).filter(|&&byte| byte == 1).count())
+        .collect();
+
+    assert_eq!(images.len(), 400);
+    for extreme in [0, 1, GRANULES - 1, GRANULES] {
+        assert!(survivors.contains(&extreme));
+    }
+    assert!(survivors.iter().any(|n| (400..600).contains(n)));
+    let different: BTreeSet<_> = images.iter().collect();
+    assert!(different.len() > 300);
+
+    // The same seed gives the same images, another gives others.
+    assert!(memory.crash_images(400, 7).eq(images.iter().cloned()));
+    assert!(!memory.crash_images(400, 8).eq(images));
+}
+
+#[test]
+#[should_panic(expected = "are not in this memory")]
+fn a_store_beyond_the_end_is_a_bug_of_the_test() {
+    let memory = Memory::new(64);
+
+    memory.write(60, &[0; 5]);
+}
