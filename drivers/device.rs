@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A pmem device: one mapped range of persistent memory, served as a disk and through DAX.
+//!
+//! When a write bio completes, its data is durable: each is a non-temporal copy and a fence. The
+//! disk advertises a write cache all the same, because a DAX mapping has one, the CPU's: `fsync`
+//! writes its lines back without a fence, and counts on the flush bio that follows. The block
+//! layer drops that bio if there is no write cache. So PREFLUSH is a fence, and FUA adds nothing.
+
+use crate::{
+    kapi::{
+        bio::{
+            self,
+            Bio,
+            Status, //
+        },
+        dax,
+        disk::{
+            self,
+            Disk,
+            Features,
+            Limits, //
+        },
+        mc,
+        numa::Node,
+        pagemap::FsDax,
+        region::Region, //
+    },
+    pmem_core::{
+        extent::{
+            self,
+            Extent,
+            PageOffset,
+            Pfn,
+            Sector, //
+        },
+        persist::{
+            Persist,
+            VolatileSlice, //
+        },
+        range::PhysRange,
+        size::Size, //
+    },
+    LocalModule, //
+};
+use kernel::{
+    fmt,
+    macros::kunit_tests,
+    page,
+    prelude::*,
+    sync::Arc, //
+};
+
+const _: () = assert!(extent::PAGE_SIZE == page::PAGE_SIZE as u64);
+
+/// The most that one `REQ_OP_WRITE_ZEROES` zeroes: a few milliseconds. The block layer splits what
+/// is longer, and looks for signals and other tasks in between.
+const MAX_WRITE_ZEROES: u64 = 32 << 20;
+
+/// What an administrator can choose for a disk.
+#[derive(Clone, Copy)]
+pub(crate) struct Options {
+    /// Logical block size in bytes, 512 or 4096.
+    pub(crate) logical_block_size: u32,
+}
+
+/// One mapped range of persistent memory.
+pub(crate) struct PmemDevice {
+    mapping: FsDax,
+    persist: Persist,
+}
+
+impl PmemDevice {
+    /// Maps `range`, a part of `region`, and adds it as the disk `name`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`FsDax::new`], [`dax::Device::new`] and [`Disk::add`].
+    pub(crate) fn add(
+        name: fmt::Arguments<'_>,
+        region: Arc<Region>,
+        range: PhysRange,
+        persist: Persist,
+        options: Options,
+    ) -> Result<Disk<Self>> {
+        let node = Node::of_phys(range.start());
+        let mapping = FsDax::new(region, range.start(), range.size(), node)?;
+        let device = Arc::new(PmemDevice { mapping, persist }, GFP_KERNEL)?;
+        let dax = dax::Device::new(
+            device.clone(),
+            dax::Options {
+                write_cache: true,
+                synchronous: true,
+            },
+        )?;
+        let limits = Limits {
+            logical_block_size: options.logical_block_size,
+            physical_block_size: page::PAGE_SIZE as u32,
+            max_hw_sectors: u32::MAX,
+            max_write_zeroes_sectors: Sector::containing(MAX_WRITE_ZEROES).0 as u32,
+            features: Features::WRITE_CACHE
+                | Features::FUA
+                | Features::SYNCHRONOUS
+                | Features::NOWAIT
+                | Features::DAX,
+        };
+        let disk = Disk::add(
+            name,
+            Sector::containing(range.size()),
+            &limits,
+            node,
+            device,
+            Some(dax),
+        )?;
+        pr_info!(
+            "{}: {} at {}, node {}, DAX, {}\n",
+            name,
+            Size(range.size()),
+            range,
+            node.id(),
+            persist.name()
+        );
+        Ok(disk)
+    }
+
+    /// The part of the medium that `bio` is about.
+    #[inline]
+    fn window(&self, bio: &Bio) -> Result<VolatileSlice<'_>, Status> {
+        let extent = Extent::from_sectors(bio.sector(), bio.size().into(), self.mapping.size())
+            .map_err(|_| Status::IOERR)?;
+        self.slice(extent).ok_or(Status::IOERR)
+    }
+
+    #[inline]
+    fn slice(&self, extent: Extent) -> Option<VolatileSlice<'_>> {
+        self.mapping.slice(extent.offset(), extent.len())
+    }
+
+    fn pages(&self, page: u64, count: u64) -> Result<VolatileSlice<'_>> {
+        let extent =
+            Extent::from_pages(PageOffset(page), count, self.mapping.size()).map_err(|_| ERANGE)?;
+        self.slice(extent).ok_or(ERANGE)
+    }
+
+    /// Calls `copy` with each segment of `bio` and its place on the medium.
+    #[inline]
+    fn transfer(
+        &self,
+        bio: &Bio,
+        mut copy: impl FnMut(VolatileSlice<'_>, VolatileSlice<'_>) -> Result<(), Status>,
+    ) -> Result<(), Status> {
+        let mut medium = self.window(bio)?;
+        for segment in bio.segments() {
+            let (part, rest) = medium.split_at(segment.len()).ok_or(Status::IOERR)?;
+            copy(part, segment)?;
+            medium = rest;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn serve(&self, bio: &Bio) -> Result<(), Status> {
+        if bio.is_preflush() {
+            self.persist.fence();
+        }
+        match bio.op() {
+            bio::Op::Read => self.transfer(bio, |medium, segment| {
+                mc::copy(segment, medium).map_err(|_| Status::IOERR)
+            }),
+            bio::Op::Write => {
+                self.transfer(bio, |medium, segment| {
+                    self.persist.write(medium, segment);
+                    Ok(())
+                })?;
+                self.persist.fence();
+                Ok(())
+            }
+            bio::Op::WriteZeroes => {
+                self.persist.write_zeroes(self.window(bio)?);
+                self.persist.fence();
+                Ok(())
+            }
+            bio::Op::Flush => {
+                self.persist.fence();
+                Ok(())
+            }
+            bio::Op::Other(_) => Err(Status::NOTSUPP),
+        }
+    }
+}
+
+impl disk::Operations for PmemDevice {
+    type Module = LocalModule;
+
+    #[inline]
+    fn submit_bio(&self, bio: Bio) {
+        let accounting = bio.start_accounting();
+        let status = match self.serve(&bio) {
+            Ok(()) => Status::OK,
+            Err(status) => status,
+        };
+        if let Some(accounting) = accounting {
+            bio.end_accounting(accounting);
+        }
+        bio.end(status);
+    }
+}
+
+impl dax::Operations for PmemDevice {
+    fn direct_access(&self, page: u64) -> Result<dax::Window<'_>> {
+        let (_, memory) = self
+            .pages(0, PageOffset::containing(self.mapping.size()).0)?
+            .split_at(self.pages(0, page)?.len())
+            .ok_or(ERANGE)?;
+        let offset = self.mapping.size() - memory.len() as u64;
+        Ok(dax::Window {
+            memory,
+            pfn: Pfn::containing(self.mapping.start() + offset),
+        })
+    }
+
+    fn zero_page_range(&self, page: u64, count: u64) -> Result {
+        self.persist.write_zeroes(self.pages(page, count)?);
+        self.persist.fence();
+        Ok(())
+    }
+}
+
+/// A device in a range that the tests may overwrite: `pmem_kunit_start=`, which only a kernel with
+/// KUnit built in has. Without it these tests are skipped.
+#[kunit_tests(pmem_device)]
+mod tests {
+    use super::*;
+    use crate::kapi::{
+        kunit::{
+            self,
+            buffer, //
+        },
+        param::string_params, //
+    };
+    use crate::pmem_core::{
+        persist::CpuFeatures,
+        size, //
+    };
+
+    string_params! {
+        "pmem";
+
+        START: "pmem_kunit_start" = c"",
+            "Physical address of 8 MiB that the KUnit tests may overwrite. Example: 5G";
+    }
+
+    const SIZE: u64 = 8 << 20;
+
+    fn region() -> Result<Option<Arc<Region>>> {
+        let text = START.get()?;
+        if text.is_empty() {
+            kunit::skip();
+            return Ok(None);
+        }
+        let start = size::parse(text).map_err(|_| EINVAL)?;
+        let region = Region::new(start, SIZE, c"pmem_kunit")?;
+        Ok(Some(Arc::new(region, GFP_KERNEL)?))
+    }
+
+    fn disk(logical_block_size: u32) -> Result<Option<Disk<PmemDevice>>> {
+        let Some(region) = region()? else {
+            return Ok(None);
+        };
+        let range = PhysRange::new(region.start(), region.size()).map_err(|_| EINVAL)?;
+        PmemDevice::add(
+            fmt!("pmem_kunit"),
+            region,
+            range,
+            Persist::new(CpuFeatures::default()),
+            Options { logical_block_size },
+        )
+        .map(Some)
+    }
+
+    /// Returns `len` bytes that differ from their neighbours.
+    fn pattern(len: usize) -> Result<kunit::Buffer> {
+        let mut data = buffer(0, len)?;
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = (i % 251) as u8;
+        }
+        Ok(data)
+    }
+
+    #[test]
+    fn reads_what_was_written_and_no_more() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        for (sector, len) in [(0, 512), (1, 1024), (7, 4096), (13, 65536), (16383, 512)] {
+            let around = Sector(sector & !7);
+            disk.submit_wait(kunit::WRITE, Sector(sector), &mut pattern(len)?)?;
+            let mut data = buffer(0xa5, len)?;
+            disk.submit_wait(kunit::READ, Sector(sector), &mut data)?;
+            assert!(*data == *pattern(len)?);
+
+            // The other sectors of the first page.
+            let mut page = buffer(0, 4096)?;
+            disk.submit_wait_range(kunit::WRITE_ZEROES, around, 4096)?;
+            disk.submit_wait(kunit::WRITE, Sector(sector), &mut buffer(0xff, 512)?)?;
+            disk.submit_wait(kunit::READ, around, &mut page)?;
+            let first = (sector - around.0) as usize * 512;
+            assert!(page
+                .iter()
+                .enumerate()
+                .all(|(i, &byte)| (byte == 0xff) == (first..first + 512).contains(&i)));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn flush_and_fua_succeed() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let flush = kunit::WRITE | kunit::PREFLUSH;
+        disk.submit_wait(flush, Sector(0), &mut [])?;
+        for flags in [
+            kunit::FUA,
+            kunit::PREFLUSH,
+            kunit::FUA | kunit::PREFLUSH,
+            kunit::NOWAIT,
+        ] {
+            let mut data = buffer(flags.leading_zeros() as u8, 4096)?;
+            disk.submit_wait(kunit::WRITE | flags, Sector(8), &mut data)?;
+            let mut back = buffer(0, 4096)?;
+            disk.submit_wait(kunit::READ, Sector(8), &mut back)?;
+            assert!(*back == *data);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn refuses_what_it_does_not_do() -> Result {
+        let Some(disk) = disk(4096)? else {
+            return Ok(());
+        };
+        assert_eq!(
+            disk.submit_wait_range(kunit::DISCARD, Sector(0), 4096),
+            Err(EOPNOTSUPP)
+        );
+        let mut data = buffer(0, 4096)?;
+        let end = Sector::containing(SIZE);
+        for opf in [kunit::READ, kunit::WRITE] {
+            assert_eq!(disk.submit_wait(opf, end, &mut data), Err(EIO));
+            assert_eq!(
+                disk.submit_wait(opf, Sector(end.0 - 1), &mut data),
+                Err(EIO)
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn dax_gives_the_frames_to_the_end() -> Result {
+        use dax::Operations;
+
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let device = disk.data();
+        let pages = SIZE / extent::PAGE_SIZE;
+        for page in [0, 1, 511, 512, pages - 1] {
+            let window = device.direct_access(page)?;
+            let phys = device.mapping.start() + page * extent::PAGE_SIZE;
+            assert_eq!(window.pfn, Pfn::containing(phys));
+            assert_eq!(
+                window.memory.len() as u64,
+                (pages - page) * extent::PAGE_SIZE
+            );
+        }
+        for page in [pages, pages + 1, u64::MAX] {
+            assert!(device.direct_access(page).is_err());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn dax_zeroes_all_the_pages() -> Result {
+        use dax::Operations;
+
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let mut data = buffer(0xff, 5 * 4096)?;
+        disk.submit_wait(kunit::WRITE, Sector(0), &mut data)?;
+        disk.data().zero_page_range(1, 3)?;
+        disk.submit_wait(kunit::READ, Sector(0), &mut data)?;
+        assert!(data
+            .iter()
+            .enumerate()
+            .all(|(i, &byte)| (byte == 0) == (4096..4 * 4096).contains(&i)));
+
+        let pages = SIZE / extent::PAGE_SIZE;
+        for (page, count) in [(pages, 1), (pages - 1, 2), (0, u64::MAX), (u64::MAX, 2)] {
+            assert_eq!(disk.data().zero_page_range(page, count), Err(ERANGE));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_claim_is_exclusive_until_it_is_dropped() -> Result {
+        let Some(first) = region()? else {
+            return Ok(());
+        };
+        assert!(Region::new(first.start(), 1, c"pmem_kunit").err() == Some(EBUSY));
+        assert!(FsDax::new(
+            first.clone(),
+            first.start() + 4096,
+            2 << 20,
+            Node::of_phys(0)
+        )
+        .is_err());
+        assert!(FsDax::new(first.clone(), first.start(), 2 * SIZE, Node::of_phys(0)).is_err());
+        drop(first);
+        assert!(region().is_ok());
+        Ok(())
+    }
+}

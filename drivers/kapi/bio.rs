@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Block I/O requests as a bio-based driver gets them.
+//!
+//! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
+
+use super::bindings;
+use crate::pmem_core::{
+    extent::Sector,
+    persist::VolatileSlice, //
+};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ptr::NonNull, //
+};
+use kernel::ffi::c_ulong;
+
+/// What a bio asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Op {
+    /// Copy from the device to the bio's segments.
+    Read,
+    /// Copy from the bio's segments, which may be none, to the device.
+    Write,
+    /// Make all completed writes durable.
+    Flush,
+    /// Zero a range of the device.
+    WriteZeroes,
+    /// Any other operation, by its `REQ_OP_` number.
+    Other(u32),
+}
+
+/// How a bio ended.
+///
+/// C header: `blk_status_t` in [`include/linux/blk_types.h`](srctree/include/linux/blk_types.h)
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Status(bindings::blk_status_t);
+
+impl Status {
+    /// Done.
+    pub(crate) const OK: Self = Status(bindings::BLK_STS_OK as bindings::blk_status_t);
+    /// The device or its medium failed.
+    pub(crate) const IOERR: Self = Status(bindings::PMEM_CONST_BLK_STS_IOERR);
+    /// The device does not do this.
+    pub(crate) const NOTSUPP: Self = Status(bindings::PMEM_CONST_BLK_STS_NOTSUPP);
+}
+
+/// A bio that was handed to the driver and is not completed yet.
+///
+/// It is completed exactly once: by [`Bio::end`] or, if it is lost on the way, with an error when
+/// it is dropped.
+///
+/// # Invariants
+///
+/// Points to a `struct bio` that was passed to `submit_bio()`, and on which `bio_endio()` was not
+/// called.
+pub(crate) struct Bio(NonNull<bindings::bio>);
+
+// SAFETY: A bio belongs to the driver from submission to completion, in whatever context.
+unsafe impl Send for Bio {}
+
+impl Bio {
+    /// Takes over a bio.
+    ///
+    /// # Safety
+    ///
+    /// `bio` was passed to the driver's `submit_bio()`, and nobody else completes it.
+    #[inline]
+    pub(super) unsafe fn from_raw(bio: NonNull<bindings::bio>) -> Self {
+        // INVARIANT: By the function's contract.
+        Bio(bio)
+    }
+
+    #[inline]
+    fn raw(&self) -> &bindings::bio {
+        // SAFETY: By the type invariant; the block layer does not change the fields that are read
+        // here while the driver has the bio.
+        unsafe { self.0.as_ref() }
+    }
+
+    /// The operation.
+    #[inline]
+    pub(crate) fn op(&self) -> Op {
+        match self.raw().bi_opf & bindings::PMEM_CONST_REQ_OP_MASK {
+            bindings::req_op_REQ_OP_READ => Op::Read,
+            bindings::req_op_REQ_OP_WRITE => Op::Write,
+            bindings::req_op_REQ_OP_FLUSH => Op::Flush,
+            bindings::req_op_REQ_OP_WRITE_ZEROES => Op::WriteZeroes,
+            other => Op::Other(other),
+        }
+    }
+
+    /// Whether what was completed before is to be durable before this bio begins.
+    #[inline]
+    pub(crate) fn is_preflush(&self) -> bool {
+        self.raw().bi_opf & bindings::PMEM_CONST_REQ_PREFLUSH != 0
+    }
+
+    /// Where the bio begins on the disk (not on the partition).
+    #[inline]
+    pub(crate) fn sector(&self) -> Sector {
+        Sector(self.raw().bi_iter.bi_sector)
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub(crate) fn size(&self) -> u32 {
+        self.raw().bi_iter.bi_size
+    }
+
+    /// The memory of the bio, one item for each run of physically contiguous pages.
+    #[inline]
+    pub(crate) fn segments(&self) -> Segments<'_> {
+        let bio = self.raw();
+        Segments {
+            vec: bio.bi_io_vec,
+            left: bio.bi_iter.bi_size,
+            idx: bio.bi_iter.bi_idx,
+            skip: bio.bi_iter.bi_offset,
+            _bio: PhantomData,
+        }
+    }
+
+    /// Begins I/O accounting, if the queue asks for it (`queue/iostats` in sysfs).
+    #[inline]
+    pub(crate) fn start_accounting(&self) -> Option<Accounting> {
+        // SAFETY: By the type invariant; a submitted bio has a block device, which has a disk and
+        // a queue for as long as the bio lives.
+        let features = unsafe { (*(*(*self.raw().bi_bdev).bd_disk).queue).limits.features };
+        if features & bindings::PMEM_CONST_BLK_FEAT_IO_STAT == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariant.
+        Some(Accounting(unsafe {
+            bindings::bio_start_io_acct(self.0.as_ptr())
+        }))
+    }
+
+    /// Ends what [`Bio::start_accounting`] began.
+    #[inline]
+    pub(crate) fn end_accounting(&self, accounting: Accounting) {
+        // SAFETY: By the type invariant; `accounting` came from this bio's device.
+        unsafe {
+            bindings::bio_end_io_acct_remapped(self.0.as_ptr(), accounting.0, self.raw().bi_bdev)
+        };
+    }
+
+    /// Completes the bio with `status`.
+    #[inline]
+    pub(crate) fn end(self, status: Status) {
+        let bio = ManuallyDrop::new(self).0.as_ptr();
+        // SAFETY: By the type invariant the bio is ours to complete, and `self` is gone after this.
+        unsafe {
+            if status != Status::OK {
+                (*bio).bi_status = status.0;
+            }
+            bindings::bio_endio(bio);
+        }
+    }
+}
+
+impl Drop for Bio {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the bio is ours to complete, and `self` is gone after this.
+        unsafe {
+            self.0.as_mut().bi_status = Status::IOERR.0;
+            bindings::bio_endio(self.0.as_ptr());
+        }
+    }
+}
+
+/// The time at which a bio's accounting began.
+pub(crate) struct Accounting(c_ulong);
+
+/// The memory of a bio, from [`Bio::segments`].
+///
+/// # Invariants
+///
+/// `vec[idx]` is valid while `left` is not 0, and `skip` is less than its length: what
+/// `struct bvec_iter` promises.
+pub(crate) struct Segments<'a> {
+    vec: *const bindings::bio_vec,
+    left: u32,
+    idx: u32,
+    skip: u32,
+    _bio: PhantomData<&'a Bio>,
+}
+
+impl<'a> Iterator for Segments<'a> {
+    type Item = VolatileSlice<'a>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariant.
+        let vec = unsafe { &*self.vec.add(self.idx as usize) };
+        let skip = self.skip;
+        let len = vec.bv_len.wrapping_sub(skip).min(self.left);
+
+        // INVARIANT: All of this element is used, or all of the bio is.
+        self.left = self.left.wrapping_sub(len);
+        self.idx = self.idx.wrapping_add(1);
+        self.skip = 0;
+
+        // SAFETY: A bio's pages are present and stay so until it is completed. The driver depends
+        // on 64BIT, which has no highmem, so that they and the pages behind them in one element,
+        // which are physically contiguous, are mapped in one piece. The element's offset and
+        // length are inside of that piece. They may change under us, as O_DIRECT buffers do,
+        // which `VolatileSlice` allows.
+        Some(unsafe {
+            let base = bindings::pmem_helper_page_address(vec.bv_page).cast::<u8>();
+            let offset = vec.bv_offset as usize + skip as usize;
+            VolatileSlice::new(base.add(offset), len as usize)
+        })
+    }
+}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Disks that take bios directly, without a request queue of their own.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+
+use super::{
+    bindings,
+    bio::Bio,
+    dax,
+    numa::Node, //
+};
+use crate::pmem_core::extent::Sector;
+use core::{
+    ops::BitOr,
+    ptr::NonNull, //
+};
+use kernel::{
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    fmt,
+    prelude::*,
+    static_lock_class,
+    str::CString,
+    sync::Arc,
+    ModuleMetadata, //
+};
+
+/// What a disk does with its bios.
+pub(crate) trait Operations: Send + Sync + 'static {
+    /// The module that must stay loaded while the disk is open.
+    type Module: ModuleMetadata;
+
+    /// Serves `bio`, and completes it now or later.
+    ///
+    /// Runs in the context of the submitter, on any number of CPUs at once. It must not sleep
+    /// when the bio has `REQ_NOWAIT` and the disk has [`Features::NOWAIT`].
+    fn submit_bio(&self, bio: Bio);
+}
+
+/// Features that a disk advertises.
+///
+/// C header: `blk_features_t` in [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
+#[derive(Clone, Copy)]
+pub(crate) struct Features(bindings::blk_features_t);
+
+impl Features {
+    /// Completed writes may be lost with the power until a flush: flushes are sent.
+    pub(crate) const WRITE_CACHE: Self = Features(bindings::PMEM_CONST_BLK_FEAT_WRITE_CACHE);
+    /// A write can ask to be durable when it completes.
+    pub(crate) const FUA: Self = Features(bindings::PMEM_CONST_BLK_FEAT_FUA);
+    /// Bios complete before `submit_bio()` returns.
+    pub(crate) const SYNCHRONOUS: Self = Features(bindings::PMEM_CONST_BLK_FEAT_SYNCHRONOUS);
+    /// Bios can be submitted from where sleeping is not allowed.
+    pub(crate) const NOWAIT: Self = Features(bindings::PMEM_CONST_BLK_FEAT_NOWAIT);
+    /// File systems can access the memory of the disk directly.
+    pub(crate) const DAX: Self = Features(bindings::PMEM_CONST_BLK_FEAT_DAX);
+}
+
+impl BitOr for Features {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Features(self.0 | other.0)
+    }
+}
+
+/// What a disk promises, and what it asks of its bios.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    /// The smallest and the alignment of all I/O, in bytes: a power of two, 512 to `PAGE_SIZE`.
+    pub(crate) logical_block_size: u32,
+    /// What file systems should align to, in bytes: a power of two.
+    pub(crate) physical_block_size: u32,
+    /// The largest read or write, in sectors.
+    pub(crate) max_hw_sectors: u32,
+    /// The largest `REQ_OP_WRITE_ZEROES`, in sectors; 0 for none.
+    pub(crate) max_write_zeroes_sectors: u32,
+    /// See [`Features`].
+    pub(crate) features: Features,
+}
+
+/// A `struct gendisk` that is not in `/dev`.
+///
+/// # Invariants
+///
+/// Holds a reference that `__blk_alloc_disk()` has given.
+struct Allocated(NonNull<bindings::gendisk>);
+
+impl Drop for Allocated {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::put_disk(self.0.as_ptr()) };
+    }
+}
+
+/// A disk that users see, served by `T`.
+///
+/// # Invariants
+///
+/// `disk` was added with `device_add_disk()`, and its private data is `data`.
+pub(crate) struct Disk<T: Operations> {
+    host: Option<dax::Host<T>>,
+    disk: Allocated,
+    // The last to go: no bio is in flight after `drop()`.
+    #[cfg_attr(not(CONFIG_KUNIT = "y"), expect(dead_code, reason = "keeps it alive"))]
+    data: Arc<T>,
+}
+
+// SAFETY: A reference to a C object with locks of its own, and to data that can be shared.
+unsafe impl<T: Operations> Send for Disk<T> {}
+
+// SAFETY: As for `Send`.
+unsafe impl<T: Operations> Sync for Disk<T> {}
+
+impl<T: Operations> Disk<T> {
+    const OPS: bindings::block_device_operations = bindings::block_device_operations {
+        submit_bio: Some(Self::submit_bio),
+        owner: T::Module::THIS_MODULE.as_ptr(),
+        ..pin_init::zeroed()
+    };
+
+    /// Adds a disk of `capacity` sectors, `/dev/<name>`, that is served by `data` and, when `dax`
+    /// is given, accessed through it.
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: the limits contradict each other, or the name is too long.
+    /// - `EEXIST`: the name is taken.
+    /// - `ENOMEM`.
+    pub(crate) fn add(
+        name: fmt::Arguments<'_>,
+        capacity: Sector,
+        limits: &Limits,
+        node: Node,
+        data: Arc<T>,
+        dax: Option<dax::Device<T>>,
+    ) -> Result<Self> {
+        let mut lim: bindings::queue_limits = pin_init::zeroed();
+        lim.logical_block_size = limits.logical_block_size;
+        lim.physical_block_size = limits.physical_block_size;
+        lim.max_hw_sectors = limits.max_hw_sectors;
+        lim.max_write_zeroes_sectors = limits.max_write_zeroes_sectors;
+        lim.features = limits.features.0;
+
+        // SAFETY: `lim` is initialized, and the lock class is a static.
+        let disk = from_err_ptr(unsafe {
+            bindings::__blk_alloc_disk(&mut lim, node.id(), static_lock_class!().as_ptr())
+        })?;
+        // INVARIANT: Just allocated.
+        let disk = Allocated(NonNull::new(disk).ok_or(ENOMEM)?);
+
+        let name = CString::try_from_fmt(name)?;
+        {
+            // SAFETY: Nobody else knows the disk yet.
+            let disk = unsafe { &mut *disk.0.as_ptr() };
+            let bytes = name.to_bytes_with_nul();
+            let buffer = disk.disk_name.get_mut(..bytes.len()).ok_or(EINVAL)?;
+            for (to, from) in buffer.iter_mut().zip(bytes) {
+                *to = *from as c_char;
+            }
+            disk.fops = &Self::OPS;
+            disk.private_data = Arc::as_ptr(&data).cast_mut().cast();
+        }
+        // SAFETY: The disk is valid.
+        unsafe { bindings::set_capacity(disk.0.as_ptr(), capacity.0) };
+
+        let host = match dax {
+            // SAFETY: The host is dropped before `disk`: here because it is declared later, in a
+            // `Disk` by its `drop()`.
+            Some(device) => Some(unsafe { dax::Host::new(device, disk.0) }?),
+            None => None,
+        };
+
+        // SAFETY: The disk is complete. `data` lives until `del_gendisk()` has waited for the bios
+        // that are in flight.
+        to_result(unsafe {
+            bindings::device_add_disk(
+                core::ptr::null_mut(),
+                disk.0.as_ptr(),
+                core::ptr::null_mut(),
+            )
+        })?;
+
+        // INVARIANT: Just added.
+        Ok(Disk { host, disk, data })
+    }
+
+    /// The C object, which is live.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(super) fn as_ptr(&self) -> *mut bindings::gendisk {
+        self.disk.0.as_ptr()
+    }
+
+    /// What serves the disk.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn data(&self) -> &T {
+        &self.data
+    }
+
+    /// # Safety
+    ///
+    /// Called by the block layer, with a bio for a disk of `add()`.
+    unsafe extern "C" fn submit_bio(bio: *mut bindings::bio) {
+        // SAFETY: By the function's contract the bio is valid, and ours from now on; its disk's
+        // private data was set by `add()`, and lives until no bio is in flight.
+        let (data, bio) = unsafe {
+            let disk = (*(*bio).bi_bdev).bd_disk;
+            let data = &*(*disk).private_data.cast::<T>();
+            (data, Bio::from_raw(NonNull::new_unchecked(bio)))
+        };
+        data.submit_bio(bio);
+    }
+}
+
+impl<T: Operations> Drop for Disk<T> {
+    fn drop(&mut self) {
+        self.host = None;
+        // SAFETY: By the type invariant the disk was added. Waits for the bios that are in flight
+        // and fails those that come later.
+        unsafe { bindings::del_gendisk(self.disk.0.as_ptr()) };
+    }
+}

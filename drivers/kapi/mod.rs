@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Safe abstractions over kernel interfaces that the kernel crate does not have yet.
+//!
+//! The only home of FFI in the driver. Nothing here knows what pmem is: each file could become a
+//! file of `rust/kernel/`.
+
+mod bindings;
+pub(crate) mod bio;
+pub(crate) mod config;
+pub(crate) mod cpu;
+pub(crate) mod dax;
+pub(crate) mod disk;
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) mod kunit;
+pub(crate) mod mc;
+pub(crate) mod numa;
+pub(crate) mod pagemap;
+pub(crate) mod param;
+pub(crate) mod region;

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! NUMA nodes.
+//!
+//! C header: [`include/linux/numa.h`](srctree/include/linux/numa.h)
+
+use super::bindings;
+
+/// A NUMA node, or none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Node(i32);
+
+impl Node {
+    /// Returns the node that the physical address `start` belongs to or, when that one is offline
+    /// (it has no other memory and no CPU), the nearest node that is online.
+    pub(crate) fn of_phys(start: u64) -> Self {
+        // SAFETY: Reads the tables that firmware described the machine with; any address will do.
+        Node(unsafe { bindings::pmem_helper_phys_to_online_node(start) })
+    }
+
+    /// The number that C uses: -1 is `NUMA_NO_NODE`.
+    pub(crate) fn id(self) -> i32 {
+        self.0
+    }
+}

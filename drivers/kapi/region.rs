@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Ranges of the physical address space: what is there, and the claim to one.
+//!
+//! C header: [`include/linux/ioport.h`](srctree/include/linux/ioport.h)
+
+use super::bindings;
+use core::ptr::addr_of_mut;
+use kernel::prelude::*;
+
+/// Returns whether any byte of the `size` bytes at `start` is System RAM.
+pub(crate) fn meets_system_ram(start: u64, size: u64) -> Result<bool> {
+    let size = usize::try_from(size)?;
+    // SAFETY: Walks the resource tree under its own lock; any range will do.
+    let found = unsafe {
+        bindings::region_intersects(
+            start,
+            size,
+            bindings::IORESOURCE_SYSTEM_RAM as c_ulong,
+            bindings::IORES_DESC_NONE as c_ulong,
+        )
+    };
+    Ok(found != bindings::REGION_DISJOINT as c_int)
+}
+
+/// Returns the first and the last byte that the kernel can map and have struct pages for.
+pub(crate) fn mappable() -> (u64, u64) {
+    // SAFETY: Computed from constants and CPU features.
+    let range = unsafe { bindings::mhp_get_pluggable_range(true) };
+    (range.start, range.end)
+}
+
+/// A range of physical addresses that nobody else can claim.
+///
+/// It is shown in `/proc/iomem` under its name. User space may still map it.
+///
+/// # Invariants
+///
+/// The range is a busy resource, requested by `new()` and not released.
+pub(crate) struct Region {
+    start: u64,
+    size: u64,
+}
+
+impl Region {
+    /// Claims the `size` bytes at `start` under `name`.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` when a part of the range is claimed already.
+    pub(crate) fn new(start: u64, size: u64, name: &'static CStr) -> Result<Self> {
+        // SAFETY: `iomem_resource` is the root of the tree, which has a lock of its own; the name
+        // lives as long as this module, which releases the range in `drop()`.
+        let resource = unsafe {
+            bindings::__request_region(
+                addr_of_mut!(bindings::iomem_resource),
+                start,
+                size,
+                name.as_char_ptr(),
+                0,
+            )
+        };
+        if resource.is_null() {
+            return Err(EBUSY);
+        }
+        // INVARIANT: The request was granted.
+        Ok(Region { start, size })
+    }
+
+    /// Address of the first byte.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Length in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the range was requested, and this is its only release.
+        unsafe {
+            bindings::__release_region(
+                addr_of_mut!(bindings::iomem_resource),
+                self.start,
+                self.size,
+            )
+        };
+    }
+}

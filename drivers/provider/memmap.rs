@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Ranges that the administrator reserved, usually with `memmap=` on the kernel's command line, and
+//! names in the module's parameters.
+
+use crate::{
+    device::{
+        Options,
+        PmemDevice, //
+    },
+    kapi::{
+        config,
+        cpu,
+        disk::Disk,
+        param::string_params,
+        region::{
+            self,
+            Region, //
+        }, //
+    },
+    pmem_core::{
+        memmap::{
+            self,
+            Config,
+            Params, //
+        },
+        persist::{
+            CpuFeatures,
+            Persist, //
+        },
+        range::{
+            PhysRange,
+            Split, //
+        },
+        size::Size, //
+    },
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+string_params! {
+    "pmem";
+
+    PMEM_START: "pmem_start" = config::BLK_DEV_RUST_PMEM_START,
+        "Physical address of each reserved range, in bytes or with a unit (K, M, G, T, KiB to TiB, kB to TB), separated by commas. Example: 4G,16G";
+    PMEM_SIZE: "pmem_size" = config::BLK_DEV_RUST_PMEM_SIZE,
+        "Size of each range, in bytes or with a unit. Example: 2GiB,8GiB";
+    PMEM_COUNT: "pmem_count" = config::BLK_DEV_RUST_PMEM_COUNT,
+        "Number of equal disks that each range is split into, or one number for all. Default: 1. Example: 1,4";
+    PMEM_LBS: "pmem_lbs" = c"512",
+        "Logical block size in bytes, 512 or 4096. Default: 512. Example: 4096";
+    PMEM_FIRST: "pmem_first" = c"0",
+        "Number of the first disk, the N of /dev/pmemN. Default: 0. Example: 1";
+}
+
+/// The disks of all ranges.
+pub(crate) type Disks = KVec<Disk<PmemDevice>>;
+
+/// Makes disks of the ranges that the parameters name: of all of them, or of none.
+///
+/// # Errors
+///
+/// Each is logged.
+///
+/// - `EINVAL`: a parameter is wrong.
+/// - `EBUSY`: a range is System RAM, or claimed by another driver.
+/// - `ENXIO`: a range is beyond what the CPU can map.
+/// - `EEXIST`: the name of a disk is taken.
+/// - `ENOMEM`.
+pub(crate) fn probe() -> Result<Disks> {
+    let config = match Config::new(Params {
+        start: text("pmem_start", PMEM_START.get())?,
+        size: text("pmem_size", PMEM_SIZE.get())?,
+        count: text("pmem_count", PMEM_COUNT.get())?,
+        lbs: text("pmem_lbs", PMEM_LBS.get())?,
+        first: text("pmem_first", PMEM_FIRST.get())?,
+    }) {
+        Ok(config) => config,
+        // Who loads the module wants disks; who has it built in may not.
+        Err(memmap::Error::NoRange) if !cfg!(MODULE) => return Ok(KVec::new()),
+        Err(error) => {
+            pr_err!("{}\n", error);
+            return Err(EINVAL);
+        }
+    };
+
+    let persist = Persist::new(CpuFeatures {
+        clwb: cpu::has_clwb(),
+        clflushopt: cpu::has_clflushopt(),
+    });
+    if !persist.is_durable() {
+        pr_warn!("unable to guarantee persistence of writes\n");
+    }
+
+    let options = Options {
+        logical_block_size: config.logical_block_size(),
+    };
+    let mut disks = KVec::new();
+    let mut number = config.first();
+    for (range, split) in config.ranges() {
+        let region = claim(range)?;
+        tell_left_over(range, &split);
+        for part in split.disks() {
+            let disk = PmemDevice::add(
+                fmt!("pmem{}", number),
+                region.clone(),
+                part,
+                persist,
+                options,
+            )
+            .inspect_err(|error| explain(*error, number, part))?;
+            disks.push(disk, GFP_KERNEL)?;
+            // The sum was checked with the parameters.
+            number = number.wrapping_add(1);
+        }
+    }
+    Ok(disks)
+}
+
+fn text<'a>(param: &str, value: Result<&'a str>) -> Result<&'a str> {
+    value.inspect_err(|_| pr_err!("{}: not UTF-8 text; write a number and a unit\n", param))
+}
+
+/// Claims `range`, if it is neither System RAM nor claimed by somebody else.
+fn claim(range: PhysRange) -> Result<Arc<Region>> {
+    let (first, last) = region::mappable();
+    if range.start() < first || range.last() > last {
+        pr_err!(
+            "{}: outside of what this machine can map, {:#x}-{:#x}; change pmem_start or pmem_size\n",
+            range,
+            first,
+            last
+        );
+        return Err(ENXIO);
+    }
+    if region::meets_system_ram(range.start(), range.size())? {
+        pr_err!(
+            "{}: meets System RAM; reserve it on the kernel's command line: memmap={:#x}${:#x}\n",
+            range,
+            range.size(),
+            range.start()
+        );
+        return Err(EBUSY);
+    }
+    let region = Region::new(range.start(), range.size(), c"pmem").inspect_err(|_| {
+        pr_err!(
+            "{}: claimed by another driver, see /proc/iomem; change pmem_start or pmem_size\n",
+            range
+        )
+    })?;
+    Ok(Arc::new(region, GFP_KERNEL)?)
+}
+
+fn tell_left_over(range: PhysRange, split: &Split) {
+    if split.left_over() != 0 {
+        pr_info!(
+            "{}: {} at the end left over by {} disk(s) of {}\n",
+            range,
+            Size(split.left_over()),
+            split.count(),
+            Size(split.disk_size())
+        );
+    }
+}
+
+/// Logs why the disk `number` could not be made of `range`.
+fn explain(error: Error, number: u32, range: PhysRange) {
+    match error {
+        EEXIST => pr_err!(
+            "pmem{}: the name is taken by another driver; choose other numbers with pmem_first=\n",
+            number
+        ),
+        ENOMEM => pr_err!(
+            "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM\n",
+            number,
+            range
+        ),
+        _ => pr_err!("pmem{}: cannot map {} ({:?})\n", number, range, error),
+    }
+}
