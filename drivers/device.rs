@@ -113,11 +113,16 @@ impl PmemDevice {
             Some(dax),
         )?;
         pr_info!(
-            "{}: {} at {}, node {}, DAX, {}\n",
+            "{}: {} at {}, node {}, DAX, writes {} ({})\n",
             name,
             Size(range.size()),
             range,
             node.id(),
+            if persist.is_durable() {
+                "durable"
+            } else {
+                "not durable"
+            },
             persist.name()
         );
         Ok(disk)
