@@ -213,14 +213,14 @@ impl disk::Operations for PmemDevice {
 
 impl dax::Operations for PmemDevice {
     fn direct_access(&self, page: u64) -> Result<dax::Window<'_>> {
-        let (_, memory) = self
-            .pages(0, PageOffset::containing(self.mapping.size()).0)?
-            .split_at(self.pages(0, page)?.len())
-            .ok_or(ERANGE)?;
-        let offset = self.mapping.size() - memory.len() as u64;
+        let size = self.mapping.size();
+        let extent = Extent::from_pages(PageOffset(page), 1, size).map_err(|_| ERANGE)?;
+        let offset = extent.offset();
+        // An extent does not reach beyond the end, nor the mapping beyond the last address.
+        let memory = self.mapping.slice(offset, size.wrapping_sub(offset));
         Ok(dax::Window {
-            memory,
-            pfn: Pfn::containing(self.mapping.start() + offset),
+            memory: memory.ok_or(ERANGE)?,
+            pfn: Pfn::containing(self.mapping.start().wrapping_add(offset)),
         })
     }
 
