@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Small programs with shared mappings of DAX files.
+
+use std::fs::{File, OpenOptions};
+use std::hint::black_box;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{fallocate, FallocateFlags, OFlags};
+use serde_json::json;
+
+use crate::mapping::Mapping;
+
+const USAGE: &str = "\
+usage: pmem-guest PROGRAM ...
+  fill FILE BYTES SEED              write pseudo-random bytes and fsync
+  mmap-sync FILE BYTES SEED         store through MAP_SYNC, write back cache lines, no system call
+  mmap-msync FILE BYTES SEED        store through a shared mapping, then msync
+  verify FILE BYTES SEED            compare the file, by read(2), with what SEED makes
+  mmap-verify FILE BYTES SEED       compare the file, by a mapping, with what SEED makes
+  pmd FILE                          map 2 MiB, touch every page, print the faults taken, as JSON
+  odirect-from-dax FROM TO BYTES    write FROM's mapping to TO with O_DIRECT
+  bench-mmap FILE BYTES read|write SECONDS
+                                    random 4 KiB accesses through a mapping, as JSON
+";
+
+const PAGE: usize = 4096;
+const HUGE: usize = 2 << 20;
+
+/// Runs the program that `args` name.
+pub fn run(args: &[String]) -> io::Result<()> {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args.as_slice() {
+        ["fill", file, len, seed] => fill(file, number(len)?, number(seed)? as u64),
+        ["mmap-sync", file, len, seed] => store(file, number(len)?, number(seed)? as u64, true),
+        ["mmap-msync", file, len, seed] => store(file, number(len)?, number(seed)? as u64, false),
+        ["verify", file, len, seed] => {
+            let mut data = Vec::new();
+            File::open(file)?.read_to_end(&mut data)?;
+            verify(&data, number(len)?, number(seed)? as u64)
+        }
+        ["mmap-verify", file, len, seed] => {
+            let len = number(len)?;
+            let file = OpenOptions::new().read(true).write(true).open(file)?;
+            let have = file.metadata()?.len();
+            if have != len as u64 {
+                return Err(io::Error::other(format!("{have} bytes, not {len}")));
+            }
+            verify(
+                Mapping::new(&file, len, false)?.bytes(),
+                len,
+                number(seed)? as u64,
+            )
+        }
+        ["pmd", file] => pmd(file),
+        ["odirect-from-dax", from, to, len] => odirect(from, to, number(len)?),
+        ["bench-mmap", file, len, op @ ("read" | "write"), seconds] => bench(
+            file,
+            number(len)?,
+            *op == "write",
+            Duration::from_secs(number(seconds)? as u64),
+        ),
+        ["help" | "--help" | "-h"] => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        _ => Err(io::Error::other(format!("not understood\n{USAGE}"))),
+    }
+}
+
+fn number(text: &str) -> io::Result<usize> {
+    text.parse()
+        .map_err(|error| io::Error::other(format!("{text:?} is not a number: {error}")))
+}
+
+/// Xorshift: the same bytes for the same seed, here and on the host.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        // A state of 0 would stay 0.
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn bytes(mut self, to: &mut [u8]) {
+        for word in to.chunks_mut(8) {
+            word.copy_from_slice(&self.next().to_le_bytes()[..word.len()]);
+        }
+    }
+}
+
+fn create(path: &str) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+}
+
+fn fill(path: &str, len: usize, seed: u64) -> io::Result<()> {
+    let mut data = vec![0; len];
+    Random::new(seed).bytes(&mut data);
+    let file = create(path)?;
+    file.write_all_at(&data, 0)?;
+    file.sync_all()
+}
+
+fn store(path: &str, len: usize, seed: u64, sync: bool) -> io::Result<()> {
+    let file = create(path)?;
+    fallocate(&file, FallocateFlags::empty(), 0, len as u64)?;
+    let mut mapping = Mapping::new(&file, len, sync)?;
+    Random::new(seed).bytes(mapping.bytes_mut());
+    if sync {
+        mapping.persist();
+        Ok(())
+    } else {
+        mapping.msync()
+    }
+}
+
+fn verify(data: &[u8], len: usize, seed: u64) -> io::Result<()> {
+    let mut wanted = vec![0; len];
+    Random::new(seed).bytes(&mut wanted);
+    if data.len() != len {
+        return Err(io::Error::other(format!("{} bytes, not {len}", data.len())));
+    }
+    match data.iter().zip(&wanted).position(|(a, b)| a != b) {
+        None => Ok(()),
+        Some(at) => {
+            let wrong = data.iter().zip(&wanted).filter(|(a, b)| a != b).count();
+            Err(io::Error::other(format!(
+                "{wrong} of {len} bytes are wrong, the first at {at}: {:#04x}, not {:#04x}",
+                data[at], wanted[at]
+            )))
+        }
+    }
+}
+
+/// Faults that needed no I/O, of this process.
+fn faults() -> io::Result<u64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // The second field is a name in parentheses that may hold spaces.
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(7))
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| io::Error::other("/proc/self/stat has no minflt"))
+}
+
+/// A mapping by pages takes 512 faults for 2 MiB; one by a PMD takes one.
+fn pmd(path: &str) -> io::Result<()> {
+    let file = create(path)?;
+    // Twice the size, so that an aligned 2 MiB are in it wherever the mapping begins.
+    fallocate(&file, FallocateFlags::empty(), 0, 2 * HUGE as u64)?;
+    let mut mapping = Mapping::new(&file, 2 * HUGE, false)?;
+    let address = mapping.address();
+    let skip = address.next_multiple_of(HUGE) - address;
+    faults()?;
+    let before = faults()?;
+    for page in mapping.bytes_mut()[skip..skip + HUGE].chunks_mut(PAGE) {
+        page[0] = 1;
+        black_box(&page);
+    }
+    let taken = faults()? - before;
+    println!(
+        "{}",
+        json!({ "address": address, "skip": skip, "faults": taken })
+    );
+    Ok(())
+}
+
+fn odirect(from: &str, to: &str, len: usize) -> io::Result<()> {
+    let from = OpenOptions::new().read(true).write(true).open(from)?;
+    let mapping = Mapping::new(&from, len, false)?;
+    let to = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(OFlags::DIRECT.bits() as i32)
+        .open(to)?;
+    to.write_all_at(mapping.bytes(), 0)?;
+    to.sync_all()
+}
+
+fn bench(path: &str, len: usize, write: bool, time: Duration) -> io::Result<()> {
+    let file = create(path)?;
+    fallocate(&file, FallocateFlags::empty(), 0, len as u64)?;
+    let mut mapping = Mapping::new(&file, len, false)?;
+    // Faults are not what is measured.
+    for page in mapping.bytes_mut().chunks_mut(PAGE) {
+        page[0] = 1;
+    }
+    let pages = (len / PAGE) as u64;
+    let mut random = Random::new(1);
+    let mut buffer = [0u8; PAGE];
+    let (mut ops, start) = (0u64, Instant::now());
+    while start.elapsed() < time {
+        for _ in 0..64 {
+            let at = (random.next() % pages) as usize * PAGE;
+            if write {
+                mapping.bytes_mut()[at..at + PAGE].copy_from_slice(&buffer);
+            } else {
+                buffer.copy_from_slice(&mapping.bytes()[at..at + PAGE]);
+            }
+            black_box(&mut buffer);
+        }
+        ops += 64;
+    }
+    println!(
+        "{}",
+        json!({ "ops": ops, "seconds": start.elapsed().as_secs_f64() })
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A verification that accepts anything would hide every lost write.
+    #[test]
+    fn verify_sees_every_byte() {
+        let mut data = vec![0; 100];
+        Random::new(3).bytes(&mut data);
+        assert!(verify(&data, 100, 3).is_ok());
+        assert!(verify(&data, 100, 4).is_err());
+        assert!(verify(&data[..99], 100, 3).is_err());
+        for at in 0..data.len() {
+            data[at] ^= 0x10;
+            assert!(verify(&data, 100, 3).is_err(), "byte {at}");
+            data[at] ^= 0x10;
+        }
+    }
+}

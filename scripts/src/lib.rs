@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What `cargo xtask` is made of.
+//!
+//! A fresh machine needs cargo and little else. Everything more comes from a Debian file system in the user's
+//! cache directory, so that every host builds and tests with the same tools:
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`host`] | installs the few programs that the host itself must have |
+//! | [`root`] | makes the Debian build root and runs commands in it |
+//! | [`apt`] | finds the host's Debian mirror; fetches packages of one version |
+//! | [`flavour`] | the kernels that we know how to build |
+//! | [`kernel`] | fetches or builds one of them |
+//! | [`module`] | builds `pmem.ko` for it |
+//! | [`vm`] | boots it |
+//! | [`test`], [`run`], [`bench`], [`build`], [`clean`] | the commands |
+//! | [`cache`], [`exec`], [`progress`], [`repo`] | where things are kept, run and shown |
+
+#![forbid(unsafe_code)]
+
+pub mod apt;
+pub mod bench;
+pub mod build;
+pub mod cache;
+pub mod clean;
+pub mod exec;
+pub mod flavour;
+pub mod host;
+pub mod kernel;
+pub mod module;
+pub mod progress;
+pub mod repo;
+pub mod root;
+pub mod run;
+pub mod test;
+pub mod vm;
+pub mod vm_cmd;

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `cargo xtask`: one command from a fresh machine to a tested persistent-memory driver.
+
+#![forbid(unsafe_code)]
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::{bench, build, clean, run, test, vm_cmd};
+
+/// Builds, boots, tests and measures the pmem driver.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, after_help = ENVIRONMENT)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+const ENVIRONMENT: &str = "\
+Environment:
+  PMEM_MIRROR     a Debian archive, and after a space its security archive, instead of the host's
+  XDG_CACHE_HOME  where the build root and the kernels are kept, in pmem/ (10 GB) [~/.cache]
+  KDIR            a kernel's tree for `build`, as with --kdir
+  CI              no bars, a line a step";
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Build pmem.ko for a kernel.
+    Build(build::Args),
+    /// Show the driver at work: in a VM, on Debian's kernel, through a power failure.
+    Run(run::Args),
+    /// Run every test: format, lints, host, KUnit and VM tests.
+    Test(test::Args),
+    /// Boot a VM with the module and get a shell in it.
+    Vm(vm_cmd::Args),
+    /// Measure, side by side with the kernel's own drivers.
+    Bench(bench::Args),
+    /// Remove what was built.
+    Clean(clean::Args),
+}
+
+fn main() -> ExitCode {
+    match dispatch(&Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            for cause in error.chain().skip(1) {
+                eprintln!("  because: {cause}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: &Cmd) -> Result<ExitCode> {
+    match command {
+        Cmd::Build(args) => build::run(args)?,
+        Cmd::Run(args) => run::run(args)?,
+        Cmd::Test(args) => return test::run(args),
+        Cmd::Vm(args) => vm_cmd::run(args)?,
+        Cmd::Bench(args) => bench::run(args)?,
+        Cmd::Clean(args) => clean::run(args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

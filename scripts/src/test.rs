@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Runs every test.
+
+mod tally;
+
+use crate::flavour::Flavour;
+use crate::kernel::{self, Kernel};
+use crate::progress::{self, Progress};
+use crate::root::Root;
+use crate::vm::{Setup, PMEM_KO};
+use crate::{exec, module, repo};
+use anyhow::{bail, ensure, Context, Result};
+use clap::ValueEnum;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use tally::Tally;
+use walkdir::WalkDir;
+
+/// Says to the VM tests which kernels to boot: names of flavours, separated by commas.
+pub const FLAVOURS_VARIABLE: &str = "PMEM_FLAVOURS";
+
+/// The kernels that the VM tests boot.
+const FLAVOURS: [Flavour; 4] = [
+    Flavour::Cloud,
+    Flavour::Amd64,
+    Flavour::Test,
+    Flavour::Builtin,
+];
+
+/// Runs every test: format, lints, host, KUnit and VM tests.
+///
+/// Kernels are fetched and built on the first run, which takes most of an hour on two cores.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Run the host and VM tests with this in their names, and nothing else.
+    filter: Option<String>,
+
+    /// Run this stage alone; may be given again.
+    #[arg(long, value_enum, value_name = "STAGE")]
+    only: Vec<Stage>,
+
+    /// Build and boot this kernel alone; may be given again.
+    #[arg(long, value_enum)]
+    flavour: Vec<Flavour>,
+
+    /// How many VMs to run at once. One for two CPUs, unless told otherwise.
+    #[arg(long, short, value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
+}
+
+/// A part of the tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    /// rustfmt, on everything.
+    Fmt,
+    /// clippy, as cargo and as Kbuild run it, and the build without warnings.
+    Clippy,
+    /// Tests that need no kernel, and the examples in the documentation.
+    Host,
+    /// Every kernel, and the module for it.
+    Build,
+    /// The suites in the module, run by the kernel.
+    Kunit,
+    /// Tests that boot a VM and act in it.
+    Vm,
+}
+
+impl Stage {
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map(|value| value.get_name().to_string())
+            .unwrap_or_default()
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Stage::Fmt => "format",
+            Stage::Clippy => "lints",
+            Stage::Host => "host tests and doctests",
+            Stage::Build => "kernels and modules",
+            Stage::Kunit => "KUnit suites in the kernel",
+            Stage::Vm => "VM tests",
+        }
+    }
+}
+
+/// What became of a stage.
+struct Outcome {
+    stage: Stage,
+    tally: Tally,
+    time: Duration,
+}
+
+/// Runs the stages, each whatever became of those before it, and shows a summary.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let suite = Suite {
+        args,
+        progress: Progress::new(),
+    };
+    let outcomes: Vec<Outcome> = suite
+        .stages()
+        .into_iter()
+        .map(|stage| suite.run(stage))
+        .collect();
+
+    suite.progress.heading("summary");
+    let mut total = Tally::default();
+    for Outcome { stage, tally, time } in outcomes {
+        let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
+        println!(
+            "  {:<8} {verdict:<8} {:<24} {}",
+            stage.name(),
+            tally.to_string(),
+            progress::time(time)
+        );
+        total += tally;
+    }
+    println!("{total}");
+    Ok(if total.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+struct Suite<'a> {
+    args: &'a Args,
+    progress: Progress,
+}
+
+impl Suite<'_> {
+    fn stages(&self) -> Vec<Stage> {
+        if !self.args.only.is_empty() {
+            self.args.only.clone()
+        } else if self.args.filter.is_some() {
+            vec![Stage::Host, Stage::Vm]
+        } else {
+            Stage::value_variants().to_vec()
+        }
+    }
+
+    fn flavours(&self) -> &[Flavour] {
+        match self.args.flavour.as_slice() {
+            [] => &FLAVOURS,
+            chosen => chosen,
+        }
+    }
+
+    fn run(&self, stage: Stage) -> Outcome {
+        self.progress.heading(stage.title());
+        let started = Instant::now();
+        let mut tally = Tally::default();
+        let result = match stage {
+            Stage::Fmt => self.fmt(),
+            Stage::Clippy => self.clippy(&mut tally),
+            Stage::Host => self.host(&mut tally),
+            Stage::Build => self.build(&mut tally),
+            Stage::Kunit => self.kunit(&mut tally),
+            Stage::Vm => self.vm(&mut tally),
+        };
+        match &result {
+            // A stage without tests of its own is one.
+            Ok(()) if tally == Tally::default() => tally = Tally::of(true),
+            Ok(()) => {}
+            Err(error) => {
+                self.progress.line(&format!("error: {error:#}"));
+                if tally.failed == 0 {
+                    tally += Tally::of(false);
+                }
+            }
+        }
+        Outcome {
+            stage,
+            tally,
+            time: started.elapsed(),
+        }
+    }
+
+    /// Formats with the build root's rustfmt, the same everywhere.
+    fn fmt(&self) -> Result<()> {
+        let root = Root::ensure(&self.progress)?;
+        let step = self.progress.step("rustfmt");
+        let mut rustfmt = root.command("rustfmt");
+        rustfmt
+            .args(["--check", "--color=never", "--edition=2021"])
+            .args(rust_files()?);
+        let (formatted, output) = exec::try_run(&mut rustfmt, "rustfmt", &step)?;
+        if !formatted {
+            bail!(
+                "{}\nTo format: cargo fmt --all, and rustfmt drivers/main.rs",
+                output.text.trim_end()
+            );
+        }
+        step.done();
+        Ok(())
+    }
+
+    fn clippy(&self, tally: &mut Tally) -> Result<()> {
+        // rustup's minimal profile comes without it.
+        let there = cargo("clippy")
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status()?;
+        if !there.success() {
+            let added = Command::new("rustup")
+                .args(["component", "add", "clippy"])
+                .status();
+            ensure!(
+                added.is_ok_and(|status| status.success()),
+                "cargo clippy is not there; install it"
+            );
+        }
+        let mut cargo = cargo("clippy");
+        cargo.args(["--workspace", "--all-targets", "--", "--deny", "warnings"]);
+        let passed = cargo.status().context("cannot run cargo")?.success();
+        *tally += Tally::of(passed);
+
+        let root = Root::ensure(&self.progress)?;
+        let kernel = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress)?;
+        module::clippy(&kernel, &root, &self.progress)?;
+        *tally += Tally::of(true);
+        Ok(())
+    }
+
+    fn host(&self, tally: &mut Tally) -> Result<()> {
+        let mut test = cargo("test");
+        test.args(["--workspace", "--no-fail-fast"]);
+        if has_vm_tests() {
+            test.args(["--exclude", VM_TESTS]);
+        }
+        test.args(&self.args.filter);
+        count(&mut test, tally)
+    }
+
+    fn build(&self, tally: &mut Tally) -> Result<()> {
+        let root = Root::ensure(&self.progress)?;
+        for &flavour in self.flavours() {
+            let built =
+                Kernel::ensure(flavour, &root, &self.progress).and_then(|kernel| match flavour {
+                    Flavour::Builtin => Ok(()),
+                    _ => module::build(&kernel, &root, &self.progress).map(drop),
+                });
+            self.note(tally, built);
+        }
+        // It takes long to build, and no test boots it: at least its configuration holds.
+        self.note(
+            tally,
+            kernel::check_config(Flavour::Debug, &root, &self.progress),
+        );
+        Ok(())
+    }
+
+    fn note(&self, tally: &mut Tally, result: Result<()>) {
+        *tally += Tally::of(result.is_ok());
+        if let Err(error) = result {
+            self.progress.line(&format!("error: {error:#}"));
+        }
+    }
+
+    /// Loads the module in a kernel with KUnit, and has the log read by the kernel's own parser.
+    fn kunit(&self, tally: &mut Tally) -> Result<()> {
+        let setup = Setup::new(Flavour::Test, &self.progress)?;
+        let mut vm = setup.vm(&self.progress).name("kunit").start()?;
+        vm.keep_console();
+        let parameters = "pmem_start=4G pmem_size=64M pmem_kunit_start=0x110000000";
+        vm.insmod(PMEM_KO, parameters)?
+            .context("the module does not load")?;
+        let log = exec::log_path("kunit-dmesg")?;
+        let dmesg = vm.dmesg()?;
+        // The kernel's own suites ran at boot. The parser reads no further than their end.
+        let ours = dmesg
+            .find("pmem: ")
+            .and_then(|at| dmesg.get(at..))
+            .context("the module has said nothing")?;
+        fs::write(&log, ours).with_context(|| format!("cannot write {}", log.display()))?;
+        vm.check_clean()?;
+
+        let step = self.progress.step("kunit.py");
+        let script = format!("{}/tools/testing/kunit/kunit.py", kernel::SOURCE);
+        let mut parse = setup
+            .kernel
+            .enter(&setup.root)
+            .chdir("/tmp")
+            .command("python3");
+        parse
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .args([&script, "parse"])
+            .arg(&log);
+        let (passed, output) = exec::try_run(&mut parse, "kunit", &step)?;
+        print!("{}", output.text);
+        let read = output.text.lines().find_map(Tally::from_kunit);
+        *tally += read.with_context(|| format!("no test results in {}", log.display()))?;
+        ensure!(
+            passed,
+            "KUnit tests failed; the guest's log is {}",
+            log.display()
+        );
+        ensure!(
+            tally.passed > 0,
+            "no KUnit test ran; the guest's log is {}",
+            log.display()
+        );
+        step.done();
+        Ok(())
+    }
+
+    fn vm(&self, tally: &mut Tally) -> Result<()> {
+        ensure!(has_vm_tests(), "there are no VM tests in tests/vm");
+        let flavours: Vec<&str> = self
+            .flavours()
+            .iter()
+            .map(|flavour| flavour.name())
+            .collect();
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let jobs = self.args.jobs.map_or((cpus / 2).max(1), usize::from);
+        let mut test = cargo("test");
+        test.args(["--package", VM_TESTS, "--no-fail-fast"])
+            .args(&self.args.filter)
+            .args(["--", "--test-threads", &jobs.to_string()])
+            .env(FLAVOURS_VARIABLE, flavours.join(","));
+        count(&mut test, tally)
+    }
+
+    /// `usual`, or if the user chose others, the first of those.
+    fn first(&self, usual: Flavour) -> Flavour {
+        match self.args.flavour.first() {
+            Some(&chosen) if !self.args.flavour.contains(&usual) => chosen,
+            _ => usual,
+        }
+    }
+}
+
+/// The package of the VM tests.
+const VM_TESTS: &str = "vm-tests";
+
+fn has_vm_tests() -> bool {
+    repo::dir().join("tests/vm/Cargo.toml").exists()
+}
+
+fn cargo(command: &str) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .arg(command)
+        .current_dir(repo::dir())
+        .stdin(Stdio::null());
+    cargo
+}
+
+/// Runs `test`, shows what it prints, and adds up its results.
+fn count(test: &mut Command, tally: &mut Tally) -> Result<()> {
+    let mut child = exec::spawn(test.stdout(Stdio::piped()))?;
+    let stdout = child
+        .stdout
+        .take()
+        .context("cargo has no standard output")?;
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        if let Some(result) = Tally::from_libtest(&line) {
+            *tally += result;
+        }
+    }
+    ensure!(child.wait()?.success(), "cargo test failed");
+    Ok(())
+}
+
+/// All of the repository's Rust.
+fn rust_files() -> Result<Vec<PathBuf>> {
+    let skip = [repo::target(), repo::dir().join(".git")];
+    let mut files = Vec::new();
+    for entry in WalkDir::new(repo::dir())
+        .sort_by_file_name()
+        .into_iter()
+        .filter_entry(|entry| !skip.iter().any(|dir| dir == entry.path()))
+    {
+        let path = entry?.into_path();
+        if path.extension().is_some_and(|ext| ext == "rs")
+            && !path.ends_with("bindings_generated.rs")
+        {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}

@@ -1,0 +1,717 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Virtual machines that boot a kernel, do what they are told, and lose power when asked to.
+//!
+//! A machine has two NUMA nodes: ordinary memory below 4 GiB, and a second node from [`UPPER`] on that the
+//! kernel's command line reserves. The second node may be a file that outlives the machine ([`Persistent`]), so that
+//! a power failure is the death of QEMU.
+//!
+//! ```text
+//! 0          ram            4 GiB                    4 GiB + upper
+//! | node 0: System RAM |  PCI  | node 1: memmap=upper$4G |
+//! ```
+//!
+//! Its serial port is the console, kept in a file; over a port of its virtio console the agent is told what to do.
+
+mod accel;
+mod channel;
+mod console;
+mod cpio;
+mod image;
+mod memory;
+
+pub use accel::Accelerator;
+pub use image::{Image, Module};
+pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
+pub use pmem_guest::{End, Ran};
+
+use crate::flavour::Flavour;
+use crate::kernel::Kernel;
+use crate::progress::Progress;
+use crate::root::Root;
+use crate::{cache, repo};
+use anyhow::{bail, ensure, Context, Result};
+use channel::{Channel, Silence};
+use pmem_guest::{Bytes, Call, Reply, Request, Run, PORT};
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Where the driver's module is in a guest that has one.
+pub const PMEM_KO: &str = "/pmem.ko";
+
+/// What a guest needs to hear us.
+const EARLY: [&str; 2] = ["virtio_pci", "virtio_console"];
+
+/// How long a guest may take to boot. Emulated on a busy host it takes a quarter of that.
+const BOOT: Duration = Duration::from_secs(90);
+
+/// How long a program in the guest may take, unless told otherwise.
+const COMMAND: Duration = Duration::from_secs(120);
+
+/// What an answer may take beyond what was asked for.
+const SLACK: Duration = Duration::from_secs(30);
+
+/// The most that is written in one piece.
+const PIECE: usize = 1 << 16;
+
+/// A kernel with the driver for it: what every machine needs.
+#[derive(Debug)]
+pub struct Setup {
+    /// The build root.
+    pub root: Root,
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The driver's module, unless the kernel has it built in.
+    pub module: Option<crate::module::Module>,
+}
+
+impl Setup {
+    /// Finds all of it in the cache, or makes it.
+    pub fn new(flavour: Flavour, progress: &Progress) -> Result<Self> {
+        let root = Root::ensure(progress)?;
+        let kernel = Kernel::ensure(flavour, &root, progress)?;
+        let module = match flavour {
+            Flavour::Builtin => None,
+            _ => Some(crate::module::build(&kernel, &root, progress)?),
+        };
+        Ok(Self {
+            root,
+            kernel,
+            module,
+        })
+    }
+
+    /// A machine with this kernel, and with the driver at [`PMEM_KO`].
+    pub fn vm<'a>(&'a self, progress: &'a Progress) -> Builder<'a> {
+        let vm = Builder::new(&self.kernel, &self.root, progress);
+        match &self.module {
+            Some(module) => vm.file(&module.ko, PMEM_KO),
+            None => vm,
+        }
+    }
+}
+
+/// A machine to be.
+#[derive(Debug)]
+pub struct Builder<'a> {
+    kernel: &'a Kernel,
+    root: &'a Root,
+    progress: &'a Progress,
+    name: String,
+    ram: u64,
+    upper: u64,
+    persistent: Option<&'a Persistent>,
+    ranges: Option<Vec<(Use, u64, u64)>>,
+    cpus: u32,
+    cmdline: Vec<String>,
+    devices: Vec<String>,
+    modules: Vec<String>,
+    files: Vec<(PathBuf, String)>,
+    accelerator: Option<Accelerator>,
+    boot_timeout: Duration,
+}
+
+impl<'a> Builder<'a> {
+    /// A machine with 1 GiB of memory, and 1 GiB at [`UPPER`] that nothing uses.
+    pub fn new(kernel: &'a Kernel, root: &'a Root, progress: &'a Progress) -> Self {
+        Self {
+            kernel,
+            root,
+            progress,
+            name: "vm".into(),
+            ram: GIB,
+            upper: GIB,
+            persistent: None,
+            ranges: None,
+            cpus: 2,
+            cmdline: Vec::new(),
+            devices: Vec::new(),
+            modules: Vec::new(),
+            files: Vec::new(),
+            accelerator: None,
+            boot_timeout: BOOT,
+        }
+    }
+
+    /// What to call the machine in messages and in its console's file name.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Bytes of ordinary memory; at most 2 GiB, so that it ends below [`UPPER`].
+    pub fn ram(mut self, bytes: u64) -> Self {
+        self.ram = bytes;
+        self
+    }
+
+    /// Bytes of memory at [`UPPER`] that are gone with the machine.
+    pub fn upper(mut self, bytes: u64) -> Self {
+        self.upper = bytes;
+        self
+    }
+
+    /// Memory at [`UPPER`] that outlives the machine.
+    pub fn persistent(mut self, memory: &'a Persistent) -> Self {
+        self.upper = memory.size();
+        self.persistent = Some(memory);
+        self
+    }
+
+    /// Says what a range of memory is, instead of reserving all from [`UPPER`] on. May be given again.
+    pub fn range(mut self, how: Use, start: u64, size: u64) -> Self {
+        self.ranges.get_or_insert_default().push((how, start, size));
+        self
+    }
+
+    /// Reserves nothing: the memory at [`UPPER`] is ordinary memory as well.
+    pub fn no_ranges(mut self) -> Self {
+        self.ranges.get_or_insert_default();
+        self
+    }
+
+    /// The number of CPUs.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Adds arguments to the kernel's command line.
+    pub fn cmdline(mut self, argument: impl Into<String>) -> Self {
+        self.cmdline.push(argument.into());
+        self
+    }
+
+    /// Adds arguments to QEMU's command line.
+    pub fn qemu(mut self, arguments: &[&str]) -> Self {
+        self.devices.extend(arguments.iter().map(|&a| a.to_owned()));
+        self
+    }
+
+    /// Loads a module of the kernel's, with what it depends on, at boot.
+    pub fn module(mut self, name: &str) -> Self {
+        self.modules.push(name.to_owned());
+        self
+    }
+
+    /// Puts a file of the host's into the guest.
+    pub fn file(mut self, host: impl Into<PathBuf>, guest: &str) -> Self {
+        self.files.push((host.into(), guest.to_owned()));
+        self
+    }
+
+    /// Uses this accelerator, whatever works best.
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = Some(accelerator);
+        self
+    }
+
+    /// How long to wait for the guest.
+    pub fn boot_timeout(mut self, timeout: Duration) -> Self {
+        self.boot_timeout = timeout;
+        self
+    }
+
+    /// The kernel's command line.
+    fn command_line(&self) -> String {
+        let mut line = vec![
+            // Warnings and worse reach the console; the rest is in dmesg, and costs time to print.
+            "console=ttyS0 loglevel=5 panic=-1".to_owned(),
+        ];
+        match &self.ranges {
+            Some(ranges) => {
+                line.extend(
+                    ranges
+                        .iter()
+                        .map(|&(how, start, size)| memmap(how, start, size)),
+                );
+            }
+            None if self.upper > 0 => line.push(memmap(Use::Reserved, UPPER, self.upper)),
+            None => {}
+        }
+        line.extend(self.cmdline.iter().cloned());
+        line.join(" ")
+    }
+
+    /// QEMU's arguments, apart from the accelerator's.
+    fn arguments(&self, dir: &Path, image: &Path) -> Vec<String> {
+        let (ram, upper) = (self.ram, self.upper);
+        let mut args: Vec<String> = [
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-chardev",
+            "stdio,id=agent,signal=off",
+            "-serial",
+            "chardev:console",
+            "-device",
+            "virtio-serial-pci",
+        ]
+        .map(str::to_owned)
+        .into();
+        let mut push = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        push(
+            "-device",
+            format!("virtserialport,chardev=agent,name={PORT}"),
+        );
+        push(
+            "-chardev",
+            format!("file,id=console,path={}", value(&dir.join("console"))),
+        );
+        push("-machine", format!("q35,max-ram-below-4g={ram}"));
+        push("-smp", self.cpus.to_string());
+        push("-m", format!("{}M", (ram + upper) / MIB));
+        push("-object", format!("memory-backend-ram,id=ram,size={ram}"));
+        push(
+            "-numa",
+            format!("node,nodeid=0,cpus=0-{},memdev=ram", self.cpus - 1),
+        );
+        if upper > 0 {
+            push(
+                "-object",
+                match self.persistent {
+                    Some(memory) => format!(
+                        "memory-backend-file,id=upper,size={upper},share=on,mem-path={}",
+                        value(&memory.path())
+                    ),
+                    None => format!("memory-backend-ram,id=upper,size={upper}"),
+                },
+            );
+            push("-numa", "node,nodeid=1,memdev=upper".into());
+        }
+        push("-kernel", image.display().to_string());
+        push("-initrd", dir.join("initrd").display().to_string());
+        push("-append", self.command_line());
+        args.extend(self.devices.iter().cloned());
+        args
+    }
+
+    /// Boots the machine, and waits until it does what it is told.
+    pub fn start(self) -> Result<Vm> {
+        ensure!(
+            self.ram <= 2 * GIB,
+            "a guest has at most 2 GiB of ordinary memory"
+        );
+        let bzimage = self
+            .kernel
+            .image
+            .as_ref()
+            .context("this kernel has no image to boot")?;
+        let accelerator = match self.accelerator {
+            Some(accelerator) => accelerator,
+            None => Accelerator::choose(self.kernel, self.root, self.progress)?,
+        };
+        let parent = cache::create()?.join("vm");
+        fs::create_dir_all(&parent)
+            .with_context(|| format!("cannot create {}", parent.display()))?;
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("{}-", self.name))
+            .tempdir_in(&parent)?;
+        let early = Module::resolve(self.kernel, self.root, &EARLY.map(str::to_owned))?;
+        let mut modules = Module::resolve(self.kernel, self.root, &self.modules)?;
+        modules.retain(|module| early.iter().all(|other| other.name != module.name));
+        let image = Image::ensure(self.root, self.progress)?;
+        image.write(&dir.path().join("initrd"), &early, &modules, &self.files)?;
+
+        let started = Instant::now();
+        let mut enter = self
+            .root
+            .enter()
+            .chdir(dir.path())
+            .ro_bind(bzimage, bzimage);
+        if let Some(memory) = self.persistent {
+            enter = enter.bind(memory.dir(), memory.dir());
+        }
+        let mut qemu = enter.command("qemu-system-x86_64");
+        qemu.args(accelerator.arguments())
+            .args(self.arguments(dir.path(), bzimage))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(dir.path().join("qemu"))?);
+        let mut child = crate::exec::spawn(&mut qemu)?;
+        let (to, from) = child
+            .stdin
+            .take()
+            .zip(child.stdout.take())
+            .context("QEMU has no standard streams")?;
+        let vm = Vm {
+            name: self.name,
+            accelerator,
+            boot: Duration::ZERO,
+            kernel: String::new(),
+            qemu: child,
+            channel: Mutex::new(Some(Channel::new(to, from))),
+            dir: Some(dir),
+            kept: None,
+        };
+        vm.booted(started, self.boot_timeout, &modules)
+    }
+}
+
+/// A path as the value of an option of QEMU's, where a comma would end it.
+fn value(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// A machine. It loses its power when this is dropped.
+#[derive(Debug)]
+pub struct Vm {
+    name: String,
+    accelerator: Accelerator,
+    boot: Duration,
+    kernel: String,
+    qemu: Child,
+    /// `None` once it has become a terminal.
+    channel: Mutex<Option<Channel>>,
+    dir: Option<TempDir>,
+    kept: Option<PathBuf>,
+}
+
+/// A system call in the guest failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errno {
+    /// The error's number.
+    pub errno: i32,
+    /// What was attempted, and the error's text.
+    pub text: String,
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+impl Vm {
+    fn booted(mut self, started: Instant, timeout: Duration, modules: &[Module]) -> Result<Self> {
+        let ready = match self.line().as_mut() {
+            Some(channel) => channel.ready(timeout)?,
+            None => Err(Silence::Ended),
+        };
+        self.kernel = match ready {
+            Ok(kernel) => kernel,
+            Err(silence) => return Err(self.silent("boot", silence, timeout)),
+        };
+        self.boot = started.elapsed();
+        for module in modules {
+            self.insmod(&module.path(), "")??;
+        }
+        Ok(self)
+    }
+
+    /// The machine's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What runs the guest's instructions.
+    pub fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    /// How long it took until the guest did what it was told.
+    pub fn boot_time(&self) -> Duration {
+        self.boot
+    }
+
+    /// The kernel's release, as the guest says it.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    fn line(&self) -> MutexGuard<'_, Option<Channel>> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, request: Request, timeout: Duration) -> Result<Result<Reply, Errno>> {
+        let what = match &request {
+            Request::Run(run) => run.argv.last().cloned().unwrap_or_default(),
+            Request::Insmod { path, params } => format!("insmod {path} {params}"),
+            Request::Rmmod { name } => format!("rmmod {name}"),
+            Request::Read { path, .. } => format!("read {path}"),
+            Request::Write { path, .. } => format!("write {path}"),
+            _ => "an answer".into(),
+        };
+        let answer = match self.line().as_mut() {
+            Some(channel) => channel.call(request, timeout)?,
+            None => Err(Silence::Ended),
+        };
+        match answer {
+            Ok(Reply::Errno { errno, text }) => Ok(Err(Errno { errno, text })),
+            Ok(reply) => Ok(Ok(reply)),
+            Err(silence) => Err(self.silent(&what, silence, timeout)),
+        }
+    }
+
+    fn silent(&self, what: &str, silence: Silence, timeout: Duration) -> anyhow::Error {
+        let why = match silence {
+            Silence::Ended => "the machine stopped".to_owned(),
+            Silence::TimedOut => format!("the guest did not answer within {} s", timeout.as_secs()),
+        };
+        let qemu = self.file("qemu");
+        let qemu = if qemu.is_empty() {
+            String::new()
+        } else {
+            format!("\nQEMU said:\n{qemu}")
+        };
+        anyhow::anyhow!(
+            "{}: {what}: {why}{qemu}\n{}",
+            self.name,
+            self.console_tail()
+        )
+    }
+
+    /// Runs a program in the guest.
+    pub fn run(&self, argv: &[&str]) -> Result<Ran> {
+        self.run_for(argv, COMMAND)
+    }
+
+    /// Runs a program in the guest, and kills it after `timeout`.
+    pub fn run_for(&self, argv: &[&str], timeout: Duration) -> Result<Ran> {
+        let run = Run {
+            argv: argv.iter().map(|&arg| arg.to_owned()).collect(),
+            timeout_ms: timeout.as_millis() as u64,
+            ..Run::default()
+        };
+        match self.ask(Request::Run(run), timeout + SLACK)?? {
+            Reply::Ran(ran) => Ok(ran),
+            other => bail!("the guest's agent answered {other:?}"),
+        }
+    }
+
+    /// Runs a shell script in the guest, which may fail.
+    pub fn try_sh(&self, script: &str) -> Result<Ran> {
+        self.run(&["sh", "-c", script])
+    }
+
+    /// Runs a shell script in the guest, which must succeed, and returns what it wrote.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        self.sh_for(script, COMMAND)
+    }
+
+    /// As [`Vm::sh`], with `timeout`.
+    pub fn sh_for(&self, script: &str, timeout: Duration) -> Result<String> {
+        let ran = self.run_for(&["sh", "-e", "-c", script], timeout)?;
+        let how = match ran.end {
+            End::Exit(0) => return Ok(ran.stdout),
+            End::Exit(code) => format!("exited with {code}"),
+            End::Signal(signal) => format!("was killed by signal {signal}"),
+            End::Timeout => format!("was killed after {} s", timeout.as_secs()),
+        };
+        bail!(
+            "{}: in the guest, this {how}:\n    {}\nIt wrote:\n{}\nand to standard error:\n{}\n{}",
+            self.name,
+            script.trim().replace('\n', "\n    "),
+            console::tail(&ran.stdout, 40),
+            console::tail(&ran.stderr, 40),
+            self.dmesg_tail()
+        )
+    }
+
+    /// Reads a file of the guest.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>> {
+        const CHUNK: u64 = 1 << 18;
+        let mut data: Vec<u8> = Vec::new();
+        loop {
+            let request = Request::Read {
+                path: path.to_owned(),
+                offset: data.len() as u64,
+                len: CHUNK,
+            };
+            match self.ask(request, COMMAND)?? {
+                Reply::Data(Bytes(piece)) if piece.is_empty() => return Ok(data),
+                Reply::Data(Bytes(piece)) => data.extend(piece),
+                other => bail!("the guest's agent answered {other:?}"),
+            }
+        }
+    }
+
+    /// Reads a file of the guest that is text, such as those of /proc and /sys.
+    pub fn text(&self, path: &str) -> Result<String> {
+        // In one piece: such files may not be read from the middle.
+        let request = Request::Read {
+            path: path.to_owned(),
+            offset: 0,
+            len: 1 << 22,
+        };
+        match self.ask(request, COMMAND)?? {
+            Reply::Data(Bytes(data)) => Ok(String::from_utf8_lossy(&data).into_owned()),
+            other => bail!("the guest's agent answered {other:?}"),
+        }
+    }
+
+    /// Writes a file of the guest.
+    pub fn write(&self, path: &str, data: &[u8]) -> Result<()> {
+        let empty: [&[u8]; 1] = [&[]];
+        let pieces = data
+            .chunks(PIECE)
+            .chain(empty.into_iter().take(usize::from(data.is_empty())));
+        for (n, piece) in pieces.enumerate() {
+            let request = Request::Write {
+                path: path.to_owned(),
+                data: Bytes(piece.to_vec()),
+                append: n > 0,
+            };
+            self.ask(request, COMMAND)??;
+        }
+        Ok(())
+    }
+
+    /// Loads a module. The kernel's refusal is the inner result.
+    pub fn insmod(&self, path: &str, params: &str) -> Result<Result<(), Errno>> {
+        let request = Request::Insmod {
+            path: path.to_owned(),
+            params: params.to_owned(),
+        };
+        Ok(self.ask(request, COMMAND)?.map(drop))
+    }
+
+    /// Unloads a module. The kernel's refusal is the inner result.
+    pub fn rmmod(&self, name: &str) -> Result<Result<(), Errno>> {
+        let request = Request::Rmmod {
+            name: name.to_owned(),
+        };
+        Ok(self.ask(request, COMMAND)?.map(drop))
+    }
+
+    /// Cuts the power: what the guest had not made durable is lost.
+    pub fn power_cut(mut self) -> Result<()> {
+        self.kill()
+    }
+
+    /// Writes everything back and powers off.
+    pub fn power_off(mut self) -> Result<()> {
+        let mut line = self.line();
+        if let Some(channel) = line.as_mut() {
+            channel.send(&Call {
+                id: 0,
+                request: Request::PowerOff,
+            })?;
+            if !channel.ended(SLACK) {
+                drop(line);
+                return Err(self.silent("power off", Silence::TimedOut, SLACK));
+            }
+        }
+        drop(line);
+        self.kill()
+    }
+
+    /// Kills QEMU, and returns when it is dead.
+    fn kill(&mut self) -> Result<()> {
+        // bwrap is what we started. QEMU dies with it, and closes its end of the pipe.
+        let killed = self.qemu.kill();
+        self.qemu.wait().context("cannot wait for QEMU")?;
+        killed.context("cannot kill QEMU")?;
+        let channel = self.line().take();
+        if let Some(channel) = channel {
+            ensure!(channel.ended(SLACK), "{}: QEMU does not die", self.name);
+        }
+        Ok(())
+    }
+
+    /// Wires the user's terminal to a shell in the guest, until the user leaves it. The guest then powers off.
+    pub fn shell(self) -> Result<()> {
+        let channel = self.line().take();
+        match channel {
+            Some(channel) => channel.terminal(),
+            None => bail!("{} is not running", self.name),
+        }
+    }
+
+    /// The kernel's log.
+    pub fn dmesg(&self) -> Result<String> {
+        self.sh("dmesg")
+    }
+
+    fn dmesg_tail(&self) -> String {
+        match self.dmesg() {
+            Ok(text) => format!("The guest's log ends:\n{}", console::tail(&text, 25)),
+            Err(error) => format!("The guest's log cannot be read: {error:#}"),
+        }
+    }
+
+    /// What the guest has printed on its console.
+    pub fn console(&self) -> String {
+        self.file("console")
+    }
+
+    fn console_tail(&self) -> String {
+        format!(
+            "The guest's console ends:\n{}",
+            console::tail(&self.console(), 40)
+        )
+    }
+
+    fn file(&self, name: &str) -> String {
+        let Some(dir) = &self.dir else {
+            return String::new();
+        };
+        let bytes = fs::read(dir.path().join(name)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    /// What the kernel complained of: warnings, oopses, reports of the sanitizers and of lockdep.
+    pub fn complaints(&self) -> Vec<String> {
+        console::complaints(&self.console())
+    }
+
+    /// Fails if the kernel complained of anything.
+    pub fn check_clean(&self) -> Result<()> {
+        let complaints = self.complaints();
+        ensure!(
+            complaints.is_empty(),
+            "{}: the guest's kernel complained:\n{}",
+            self.name,
+            complaints.join("\n")
+        );
+        Ok(())
+    }
+
+    /// Keeps the console's file when the machine is gone, and returns its path.
+    pub fn keep_console(&mut self) -> PathBuf {
+        let path = repo::target()
+            .join("vm")
+            .join(format!("{}.console", self.name));
+        self.kept = Some(path.clone());
+        path
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Both fail only if it is gone already.
+        self.qemu.kill().ok();
+        self.qemu.wait().ok();
+        let channel = self.line().take();
+        if let Some(channel) = channel {
+            channel.ended(SLACK);
+        }
+        if let Some(path) = &self.kept {
+            if let Some(dir) = path.parent() {
+                fs::create_dir_all(dir).ok();
+            }
+            if let Err(error) = fs::write(path, self.console()) {
+                eprintln!("cannot write {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_in_a_path_does_not_end_an_option() {
+        assert_eq!(value(Path::new("/a,b/c")), "/a,,b/c");
+    }
+}

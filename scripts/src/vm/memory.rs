@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A machine's memory, and what of it outlives the machine.
+
+use crate::cache;
+use anyhow::{ensure, Context, Result};
+use rustix::fs::statvfs;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// 1 MiB.
+pub const MIB: u64 = 1 << 20;
+/// 1 GiB.
+pub const GIB: u64 = 1 << 30;
+
+/// Where a machine's second memory node begins, always.
+pub const UPPER: u64 = 4 * GIB;
+
+/// Memory that survives a machine's power failure: a sparse file, gone when this is dropped.
+#[derive(Debug)]
+pub struct Persistent {
+    dir: TempDir,
+    size: u64,
+}
+
+impl Persistent {
+    /// Makes `size` bytes of zeroes.
+    ///
+    /// The file is in `/dev/shm` if there is room, as nothing then writes it back to a disk meanwhile; otherwise in
+    /// the cache.
+    pub fn new(size: u64) -> Result<Self> {
+        let shm = Path::new("/dev/shm");
+        let room = |dir: &Path| {
+            statvfs(dir)
+                .map(|at| at.f_bavail.saturating_mul(at.f_frsize))
+                .unwrap_or(0)
+        };
+        let dir = if room(shm).min(available_memory()) / 2 > size {
+            tempfile::Builder::new().prefix("pmem-").tempdir_in(shm)?
+        } else {
+            let parent = cache::create()?.join("vm");
+            fs::create_dir_all(&parent)
+                .with_context(|| format!("cannot create {}", parent.display()))?;
+            ensure!(
+                room(&parent) > size,
+                "{} has no room for the {} MiB of a guest's persistent memory; set XDG_CACHE_HOME to a place that has",
+                parent.display(),
+                size / MIB
+            );
+            tempfile::Builder::new()
+                .prefix("memory-")
+                .tempdir_in(&parent)?
+        };
+        let memory = Self { dir, size };
+        let path = memory.path();
+        File::create(&path)
+            .and_then(|file| file.set_len(size))
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(memory)
+    }
+
+    /// The file.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("memory")
+    }
+
+    /// The directory that has the file and nothing else.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// What the host can give without swapping.
+fn available_memory() -> u64 {
+    fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with("MemAvailable:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .map_or(0, |kib| kib << 10)
+}
+
+/// What the kernel's command line says of a range of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// `memmap=size$start`: not to be used.
+    Reserved,
+    /// `memmap=size!start`: persistent memory of the e820 table's type 12.
+    Protected,
+}
+
+/// The `memmap=` argument.
+pub fn memmap(how: Use, start: u64, size: u64) -> String {
+    let sign = match how {
+        Use::Reserved => '$',
+        Use::Protected => '!',
+    };
+    format!("memmap={size:#x}{sign}{start:#x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memmap_is_as_the_kernel_reads_it() {
+        assert_eq!(
+            memmap(Use::Reserved, UPPER, 2 * GIB),
+            "memmap=0x80000000$0x100000000"
+        );
+        assert_eq!(
+            memmap(Use::Protected, GIB, MIB),
+            "memmap=0x100000!0x40000000"
+        );
+    }
+}
