@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the tests in virtual machines share.
+//!
+//! Each test boots a machine of its own, which takes some seconds, and there are never more machines than CPUs. A
+//! test fails if the guest's kernel complains of anything, whatever else the test looks at; the guest's console is
+//! then kept in `target/vm`.
+
+#![forbid(unsafe_code)]
+
+use anyhow::{ensure, Context, Error, Result};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use xtask::flavour::Flavour;
+use xtask::progress::Progress;
+use xtask::test::FLAVOURS_VARIABLE;
+use xtask::vm::{Builder, Setup, Vm, PMEM_KO};
+
+pub use xtask::vm::{End, Persistent, Use, GIB, MIB, UPPER};
+
+static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::plain);
+
+/// The kernel and the module, found once.
+pub fn setup(flavour: Flavour) -> Result<&'static Setup> {
+    static SETUPS: LazyLock<Mutex<HashMap<Flavour, &'static Setup>>> =
+        LazyLock::new(Mutex::default);
+    let mut setups = lock(&SETUPS);
+    if let Some(setup) = setups.get(&flavour) {
+        return Ok(setup);
+    }
+    let setup = Box::leak(Box::new(Setup::new(flavour, &PROGRESS)?));
+    setups.insert(flavour, setup);
+    Ok(setup)
+}
+
+/// A machine that is called as the test is, with 1 GiB reserved at 4 GiB.
+pub fn machine(flavour: Flavour) -> Result<Builder<'static>> {
+    let name = thread::current()
+        .name()
+        .unwrap_or("test")
+        .replace("::", "-");
+    Ok(setup(flavour)?.vm(&PROGRESS).name(name))
+}
+
+/// The flavours that `PMEM_FLAVOURS` names; by default all that Debian or we build for tests.
+fn flavours() -> Result<Vec<Flavour>> {
+    match std::env::var(FLAVOURS_VARIABLE) {
+        Ok(names) if !names.is_empty() => names
+            .split(',')
+            .map(|name| {
+                let known = Flavour::ALL
+                    .into_iter()
+                    .find(|flavour| flavour.name() == name);
+                known.with_context(|| {
+                    format!("{FLAVOURS_VARIABLE} has {name:?}, which is no flavour")
+                })
+            })
+            .collect(),
+        _ => Ok(vec![
+            Flavour::Cloud,
+            Flavour::Amd64,
+            Flavour::Test,
+            Flavour::Builtin,
+        ]),
+    }
+}
+
+/// Whether the tests that are about `flavour` are to run.
+pub fn wanted(flavour: Flavour) -> Result<bool> {
+    let wanted = flavours()?.contains(&flavour);
+    if !wanted {
+        eprintln!("skipped: {FLAVOURS_VARIABLE} does not name {flavour}");
+    }
+    Ok(wanted)
+}
+
+/// A machine for tests that any kernel will do for: the first one that loads the driver as a module, Debian's for
+/// virtual machines unless `PMEM_FLAVOURS` says otherwise.
+pub fn stock() -> Result<Builder<'static>> {
+    let flavour = flavours()?
+        .into_iter()
+        .find(|&flavour| flavour != Flavour::Builtin)
+        .unwrap_or(Flavour::Cloud);
+    Ok(machine(flavour)?.module("ext4"))
+}
+
+/// Boots a machine, does `body` in it, and cuts its power: what has to be durable is durable when `body` returns.
+///
+/// # Errors
+///
+/// `body`'s, or what the kernel complained of, with where the console is kept.
+pub fn boot(machine: Builder<'_>, body: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
+    boot_dirty(machine, |vm| {
+        body(vm)?;
+        vm.check_clean()
+    })
+}
+
+/// As [`boot`], for a kernel that is expected to complain. `body` looks at what it says.
+pub fn boot_dirty(machine: Builder<'_>, body: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
+    let _permit = Permit::take();
+    let mut guest = Guest {
+        vm: machine.start()?,
+        good: false,
+    };
+    match body(&guest.vm) {
+        Ok(()) => {
+            guest.good = true;
+            Ok(())
+        }
+        Err(error) => {
+            let console = guest.vm.keep_console();
+            guest.good = true;
+            Err(error.context(format!("the guest's console is in {}", console.display())))
+        }
+    }
+}
+
+/// Keeps the console when an assertion fails.
+struct Guest {
+    vm: Vm,
+    good: bool,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if !self.good {
+            eprintln!(
+                "the guest's console is in {}",
+                self.vm.keep_console().display()
+            );
+        }
+    }
+}
+
+/// The right to have a machine.
+struct Permit;
+
+static MACHINES: Mutex<usize> = Mutex::new(0);
+static FREED: Condvar = Condvar::new();
+
+impl Permit {
+    fn take() -> Self {
+        let limit = thread::available_parallelism().map_or(1, |n| n.get());
+        let mut machines = lock(&MACHINES);
+        while *machines >= limit {
+            machines = FREED.wait(machines).unwrap_or_else(PoisonError::into_inner);
+        }
+        *machines += 1;
+        Permit
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        *lock(&MACHINES) -= 1;
+        FREED.notify_one();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Loads the driver.
+pub fn load(vm: &Vm, params: &str) -> Result<()> {
+    match vm.insmod(PMEM_KO, params)? {
+        Ok(()) => Ok(()),
+        Err(errno) => {
+            Err(Error::new(errno).context(format!("it logged:\n{}", log(vm)?.join("\n"))))
+        }
+    }
+}
+
+/// Unloads the driver.
+pub fn unload(vm: &Vm) -> Result<()> {
+    vm.rmmod("pmem")?.context("the driver does not unload")
+}
+
+/// What the driver has logged, without times and the prefix.
+pub fn log(vm: &Vm) -> Result<Vec<String>> {
+    let dmesg = vm.dmesg()?;
+    let lines = dmesg.lines().filter_map(|line| {
+        let text = line.split_once("] ").map_or(line, |(_, text)| text);
+        text.strip_prefix("pmem: ").map(str::to_owned)
+    });
+    Ok(lines.collect())
+}
+
+/// Where a driver may leave something, and how to look.
+const LOOKS: &[(&str, &str)] = &[
+    ("/proc/iomem", "cat /proc/iomem"),
+    ("/proc/modules", "cut -d' ' -f1 /proc/modules"),
+    ("/proc/devices", "cat /proc/devices"),
+    ("/proc/partitions", "cat /proc/partitions"),
+    (
+        "slab caches",
+        "tail -n +3 /proc/slabinfo | cut -d' ' -f1 | sort",
+    ),
+    (
+        "/sys",
+        "find /sys/block /sys/class /sys/module /sys/devices/virtual -maxdepth 3 | sort",
+    ),
+    (
+        "/sys/kernel/debug",
+        "find /sys/kernel/debug -maxdepth 2 | sort",
+    ),
+    ("/dev", "find /dev | sort"),
+    (
+        "/proc/vmallocinfo",
+        "grep -c 'pmem' /proc/vmallocinfo || true",
+    ),
+];
+
+/// Between the outputs of [`LOOKS`].
+const SEPARATOR: &str = "--------";
+
+/// What a driver that was unloaded, or refused to load, must not have changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trace(BTreeMap<&'static str, String>);
+
+impl Trace {
+    /// Looks at the guest.
+    pub fn of(vm: &Vm) -> Result<Self> {
+        let all = LOOKS
+            .iter()
+            .map(|(_, script)| format!("{script}; echo {SEPARATOR};"));
+        let output = vm.sh(&all.collect::<String>())?;
+        let parts = output.split(SEPARATOR).map(str::to_owned);
+        let seen = LOOKS.iter().map(|&(what, _)| what).zip(parts).collect();
+        Ok(Self(seen))
+    }
+
+    /// Says what differs from `before`.
+    pub fn check(&self, before: &Self) -> Result<()> {
+        for (what, now) in &self.0 {
+            let then = &before.0[what];
+            let new: Vec<_> = now
+                .lines()
+                .filter(|&line| !then.lines().any(|l| l == line))
+                .collect();
+            let gone: Vec<_> = then
+                .lines()
+                .filter(|&line| !now.lines().any(|l| l == line))
+                .collect();
+            ensure!(
+                now == then,
+                "{what} has changed. New: {new:#?}. Gone: {gone:#?}"
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Loading and unloading.
+
+use anyhow::{ensure, Result};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use vm_tests::{boot, load, stock, unload, Trace};
+use xtask::vm::{Vm, PMEM_KO};
+
+const EAGAIN: i32 = 11;
+
+/// The memory under a file system must not go away.
+#[test]
+fn unload_is_refused_while_a_disk_is_open_or_mounted() -> Result<()> {
+    boot(stock()?, |vm| {
+        load(vm, "pmem_start=4G pmem_size=512MiB pmem_count=2")?;
+        let refused = |vm: &Vm, why: &str| -> Result<()> {
+            match vm.rmmod("pmem")? {
+                Ok(()) => anyhow::bail!("unloaded while {why}"),
+                Err(error) => {
+                    assert_eq!(error.errno, EAGAIN, "while {why}: {error}");
+                    Ok(())
+                }
+            }
+        };
+        vm.sh("sleep 600 </dev/pmem1 & echo $! >/tmp/pid")?;
+        refused(vm, "pmem1 is open")?;
+        // It is a zombie until the command ends, but its files are closed.
+        vm.sh("kill -KILL $(cat /tmp/pid); while grep -q '^State:.[^Z]' /proc/$(cat /tmp/pid)/status; do sleep 0.01; done")?;
+
+        vm.sh("mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a")?;
+        refused(vm, "pmem0 is mounted")?;
+        vm.sh("pmem-guest fill /mnt/a/x 1000000 1")?;
+        refused(vm, "pmem0 is mounted")?;
+        vm.sh("pmem-guest verify /mnt/a/x 1000000 1 && umount /mnt/a")?;
+        unload(vm)
+    })
+}
+
+/// Objects in use of each slab cache, and other memory, in bytes.
+fn memory(vm: &Vm) -> Result<(BTreeMap<String, i64>, i64)> {
+    // What the CPUs keep for the next allocation would count as in use.
+    vm.sh(
+        "sync; echo 3 >/proc/sys/vm/drop_caches; sleep 0.2; echo 3 >/proc/sys/vm/drop_caches
+         for cache in /sys/kernel/slab/*/shrink; do echo 1 >$cache; done",
+    )?;
+    let slabs = vm.text("/proc/slabinfo")?;
+    let mut active = BTreeMap::new();
+    for line in slabs.lines().skip(2) {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(count)) = (words.next(), words.next()) {
+            active.insert(name.to_owned(), count.parse()?);
+        }
+    }
+    let meminfo = vm.text("/proc/meminfo")?;
+    let kib = |name: &str| -> i64 {
+        meminfo
+            .lines()
+            .find(|line| line.starts_with(name))
+            .and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+            .unwrap_or(0)
+    };
+    Ok((
+        active,
+        (kib("VmallocUsed:") + kib("Percpu:") + kib("PageTables:") - kib("MemFree:")) << 10,
+    ))
+}
+
+/// A leak of any kind shows when it happens a hundred times.
+#[test]
+fn a_hundred_loads_leave_nothing() -> Result<()> {
+    const LOADS: i64 = 100;
+    const LOAD: &str = "pmem_start=4G pmem_size=512MiB pmem_count=2";
+    boot(stock()?, |vm| {
+        let cycles = |n: i64| {
+            // With an open in each, so that udev-like users are there, too.
+            let script = format!(
+                "for i in $(seq {n}); do insmod {PMEM_KO} {LOAD}; dd if=/dev/pmem1 of=/dev/null bs=4k count=1 2>/dev/null; rmmod pmem; done"
+            );
+            vm.sh_for(&script, Duration::from_secs(300))
+        };
+        cycles(3)?;
+        let before = Trace::of(vm)?;
+        let (mut slabs, used) = memory(vm)?;
+        // A cache that has grown for another reason does not grow by as much again.
+        let mut suspects: Option<BTreeSet<String>> = None;
+        for _ in 0..3 {
+            cycles(LOADS)?;
+            Trace::of(vm)?.check(&before)?;
+            let (now, _) = memory(vm)?;
+            let grown = now
+                .iter()
+                .filter(|(name, count)| **count - slabs.get(*name).copied().unwrap_or(0) >= LOADS)
+                .map(|(name, _)| name.clone());
+            let grown: BTreeSet<String> = match suspects {
+                Some(before) => grown.filter(|name| before.contains(name)).collect(),
+                None => grown.collect(),
+            };
+            slabs = now;
+            let done = grown.is_empty();
+            suspects = Some(grown);
+            if done {
+                break;
+            }
+        }
+        let leaking = suspects.unwrap_or_default();
+        ensure!(leaking.is_empty(), "objects are left in {leaking:?}");
+        let (_, used_after) = memory(vm)?;
+        // 100 leaks of the struct pages of 512 MiB would be 800 MiB; of one page each, 400 KiB.
+        let more = used_after - used;
+        ensure!(more < LOADS << 12, "{more} bytes more are in use");
+        Ok(())
+    })
+}
+
+/// While one load has the range, another one cannot exist: the module is loaded once. But its memory is claimed.
+#[test]
+fn a_loaded_range_is_claimed() -> Result<()> {
+    boot(stock()?, |vm| {
+        load(vm, "pmem_start=4G pmem_size=512MiB")?;
+        let iomem = vm.text("/proc/iomem")?;
+        assert!(iomem.contains("100000000-11fffffff : pmem"), "{iomem}");
+        let again = vm.insmod(PMEM_KO, "pmem_start=4608M pmem_size=512MiB")?;
+        assert_eq!(again.map_err(|error| error.errno), Err(17));
+        unload(vm)?;
+        let iomem = vm.text("/proc/iomem")?;
+        assert!(!iomem.contains(": pmem"), "{iomem}");
+        Ok(())
+    })
+}
+
+/// Data is not touched by unloading and loading.
+#[test]
+fn data_outlives_the_module() -> Result<()> {
+    boot(stock()?, |vm| {
+        load(vm, "pmem_start=4G pmem_size=512MiB")?;
+        vm.sh(
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-msync /mnt/a/x 10000000 9 && umount /mnt/a",
+        )?;
+        unload(vm)?;
+        load(vm, "pmem_start=4G pmem_size=512MiB")?;
+        vm.sh("mount -o dax=always /dev/pmem0 /mnt/a && pmem-guest verify /mnt/a/x 10000000 9")?;
+        Ok(())
+    })
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Tests that boot a virtual machine and use the driver in it.
+
+mod builtin;
+mod dax;
+mod disks;
+mod filesystems;
+mod io;
+mod lifecycle;
+mod params;
+mod power;
+mod stock;
