@@ -17,9 +17,9 @@ use crate::{
         dax,
         disk::{
             self,
-            Disk,
             Features,
-            Limits, //
+            Limits,
+            Prepared, //
         },
         mc,
         numa::Node,
@@ -68,24 +68,32 @@ pub(crate) struct Options {
 pub(crate) struct PmemDevice {
     mapping: FsDax,
     persist: Persist,
+    node: Node,
 }
 
 impl PmemDevice {
-    /// Maps `range`, a part of `region`, and adds it as the disk `name`.
+    /// Maps `range`, a part of `region`, and makes it a disk called `name`.
     ///
     /// # Errors
     ///
-    /// Those of [`FsDax::new`], [`dax::Device::new`] and [`Disk::add`].
-    pub(crate) fn add(
+    /// Those of [`FsDax::new`], [`dax::Device::new`] and [`Prepared::new`].
+    pub(crate) fn prepare(
         name: fmt::Arguments<'_>,
         region: Arc<Region>,
         range: PhysRange,
         persist: Persist,
         options: Options,
-    ) -> Result<Disk<Self>> {
+    ) -> Result<Prepared<Self>> {
         let node = Node::of_phys(range.start());
         let mapping = FsDax::new(region, range.start(), range.size(), node)?;
-        let device = Arc::new(PmemDevice { mapping, persist }, GFP_KERNEL)?;
+        let device = Arc::new(
+            PmemDevice {
+                mapping,
+                persist,
+                node,
+            },
+            GFP_KERNEL,
+        )?;
         let dax = dax::Device::new(
             device.clone(),
             dax::Options {
@@ -104,28 +112,25 @@ impl PmemDevice {
                 | Features::NOWAIT
                 | Features::DAX,
         };
-        let disk = Disk::add(
-            name,
-            Sector::containing(range.size()),
-            &limits,
-            node,
-            device,
-            Some(dax),
-        )?;
+        let capacity = Sector::containing(range.size());
+        Prepared::new(name, capacity, &limits, node, device, Some(dax))
+    }
+
+    /// Tells the log what the disk `name` of `range` is.
+    pub(crate) fn announce(&self, name: fmt::Arguments<'_>, range: PhysRange) {
         pr_info!(
             "{}: {} at {}, node {}, DAX, writes {} ({})\n",
             name,
             Size(range.size()),
             range,
-            node.id(),
-            if persist.is_durable() {
+            self.node.id(),
+            if self.persist.is_durable() {
                 "durable"
             } else {
                 "not durable"
             },
-            persist.name()
+            self.persist.name()
         );
-        Ok(disk)
     }
 
     /// The part of the medium that `bio` is about.
@@ -237,6 +242,7 @@ impl dax::Operations for PmemDevice {
 mod tests {
     use super::*;
     use crate::kapi::{
+        disk::Disk,
         kunit::{
             self,
             buffer, //
@@ -273,13 +279,14 @@ mod tests {
             return Ok(None);
         };
         let range = PhysRange::new(region.start(), region.size()).map_err(|_| EINVAL)?;
-        PmemDevice::add(
+        PmemDevice::prepare(
             fmt!("pmem_kunit"),
             region,
             range,
             Persist::new(CpuFeatures::default()),
             Options { logical_block_size },
-        )
+        )?
+        .add()
         .map(Some)
     }
 

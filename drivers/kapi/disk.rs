@@ -96,41 +96,39 @@ impl Drop for Allocated {
     }
 }
 
-/// A disk that users see, served by `T`.
+/// A disk that is complete, and that nobody sees yet.
 ///
 /// # Invariants
 ///
-/// `disk` was added with `device_add_disk()`, and its private data is `data`.
-pub(crate) struct Disk<T: Operations> {
+/// The private data of `disk` is `data`.
+pub(crate) struct Prepared<T: Operations> {
+    // In the order in which they go.
     host: Option<dax::Host<T>>,
     disk: Allocated,
-    // The last to go: no bio is in flight after `drop()`.
-    #[cfg_attr(not(CONFIG_KUNIT = "y"), expect(dead_code, reason = "keeps it alive"))]
     data: Arc<T>,
 }
 
 // SAFETY: A reference to a C object with locks of its own, and to data that can be shared.
-unsafe impl<T: Operations> Send for Disk<T> {}
+unsafe impl<T: Operations> Send for Prepared<T> {}
 
 // SAFETY: As for `Send`.
-unsafe impl<T: Operations> Sync for Disk<T> {}
+unsafe impl<T: Operations> Sync for Prepared<T> {}
 
-impl<T: Operations> Disk<T> {
+impl<T: Operations> Prepared<T> {
     const OPS: bindings::block_device_operations = bindings::block_device_operations {
         submit_bio: Some(Self::submit_bio),
         owner: T::Module::THIS_MODULE.as_ptr(),
         ..pin_init::zeroed()
     };
 
-    /// Adds a disk of `capacity` sectors, `/dev/<name>`, that is served by `data` and, when `dax`
+    /// Makes a disk of `capacity` sectors, `/dev/<name>`, that is served by `data` and, when `dax`
     /// is given, accessed through it.
     ///
     /// # Errors
     ///
     /// - `EINVAL`: the limits contradict each other, or the name is too long.
-    /// - `EEXIST`: the name is taken.
     /// - `ENOMEM`.
-    pub(crate) fn add(
+    pub(crate) fn new(
         name: fmt::Arguments<'_>,
         capacity: Sector,
         limits: &Limits,
@@ -168,44 +166,48 @@ impl<T: Operations> Disk<T> {
         unsafe { bindings::set_capacity(disk.0.as_ptr(), capacity.0) };
 
         let host = match dax {
-            // SAFETY: The host is dropped before `disk`: here because it is declared later, in a
-            // `Disk` by its `drop()`.
+            // SAFETY: The host is dropped before `disk`: here because it is declared later, in
+            // `Prepared` because it is declared earlier.
             Some(device) => Some(unsafe { dax::Host::new(device, disk.0) }?),
             None => None,
         };
 
-        // SAFETY: The disk is complete. `data` lives until `del_gendisk()` has waited for the bios
-        // that are in flight.
+        // INVARIANT: Set above.
+        Ok(Prepared { host, disk, data })
+    }
+
+    /// Shows the disk to users.
+    ///
+    /// From then on it may be open, by a scan for partitions in the first place, whose file is
+    /// closed as late as on the return to user space. The block layer holds a reference to the
+    /// module, but that does not keep one whose `init()` fails. So `init()` must not fail any more.
+    ///
+    /// # Errors
+    ///
+    /// Nobody has seen the disk then.
+    ///
+    /// - `EEXIST`: the name is taken.
+    /// - `ENOMEM`.
+    pub(crate) fn add(self) -> Result<Disk<T>> {
+        // SAFETY: By the type invariant the disk is complete. `data` lives until `del_gendisk()`
+        // has waited for the bios that are in flight.
         to_result(unsafe {
             bindings::device_add_disk(
                 core::ptr::null_mut(),
-                disk.0.as_ptr(),
+                self.disk.0.as_ptr(),
                 core::ptr::null_mut(),
             )
         })?;
-
         // INVARIANT: Just added.
-        Ok(Disk { host, disk, data })
-    }
-
-    /// The C object, which is live.
-    #[cfg(CONFIG_KUNIT = "y")]
-    pub(super) fn as_ptr(&self) -> *mut bindings::gendisk {
-        self.disk.0.as_ptr()
-    }
-
-    /// What serves the disk.
-    #[cfg(CONFIG_KUNIT = "y")]
-    pub(crate) fn data(&self) -> &T {
-        &self.data
+        Ok(Disk(self))
     }
 
     /// # Safety
     ///
-    /// Called by the block layer, with a bio for a disk of `add()`.
+    /// Called by the block layer, with a bio for a disk of `new()`.
     unsafe extern "C" fn submit_bio(bio: *mut bindings::bio) {
         // SAFETY: By the function's contract the bio is valid, and ours from now on; its disk's
-        // private data was set by `add()`, and lives until no bio is in flight.
+        // private data was set by `new()`, and lives until no bio is in flight.
         let (data, bio) = unsafe {
             let disk = (*(*bio).bi_bdev).bd_disk;
             let data = &*(*disk).private_data.cast::<T>();
@@ -215,11 +217,31 @@ impl<T: Operations> Disk<T> {
     }
 }
 
+/// A disk that users see, served by `T`.
+///
+/// # Invariants
+///
+/// Was added with `device_add_disk()`.
+pub(crate) struct Disk<T: Operations>(Prepared<T>);
+
+impl<T: Operations> Disk<T> {
+    /// What serves the disk.
+    pub(crate) fn data(&self) -> &T {
+        &self.0.data
+    }
+
+    /// The C object, which is live.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(super) fn as_ptr(&self) -> *mut bindings::gendisk {
+        self.0.disk.0.as_ptr()
+    }
+}
+
 impl<T: Operations> Drop for Disk<T> {
     fn drop(&mut self) {
-        self.host = None;
+        self.0.host = None;
         // SAFETY: By the type invariant the disk was added. Waits for the bios that are in flight
         // and fails those that come later.
-        unsafe { bindings::del_gendisk(self.disk.0.as_ptr()) };
+        unsafe { bindings::del_gendisk(self.0.disk.0.as_ptr()) };
     }
 }

@@ -60,14 +60,15 @@ pub(crate) type Disks = KVec<Disk<PmemDevice>>;
 
 /// Makes disks of the ranges that the parameters name: of all of them, or of none.
 ///
+/// The exception is a disk, not the first, that can be made but not added: it is left out.
+///
 /// # Errors
 ///
 /// Each is logged.
 ///
 /// - `EINVAL`: a parameter is wrong.
-/// - `EBUSY`: a range is System RAM, or claimed by another driver.
+/// - `EBUSY`: a range is System RAM, or claimed by another driver, or the name of a disk is taken.
 /// - `ENXIO`: a range is beyond what the CPU can map.
-/// - `EEXIST`: the name of a disk is taken.
 /// - `ENOMEM`.
 pub(crate) fn probe() -> Result<Disks> {
     let config = match Config::new(Params {
@@ -97,23 +98,41 @@ pub(crate) fn probe() -> Result<Disks> {
     let options = Options {
         logical_block_size: config.logical_block_size(),
     };
-    let mut disks = KVec::new();
+    let mut prepared = KVec::new();
     let mut number = config.first();
     for (range, split) in config.ranges() {
         let region = claim(range)?;
         tell_left_over(range, &split);
         for part in split.disks() {
-            let disk = PmemDevice::add(
+            let disk = PmemDevice::prepare(
                 fmt!("pmem{}", number),
                 region.clone(),
                 part,
                 persist,
                 options,
             )
-            .inspect_err(|error| explain(*error, number, part))?;
-            disks.push(disk, GFP_KERNEL)?;
+            .map_err(|error| explain(error, number, part))?;
+            prepared.push((number, part, disk), GFP_KERNEL)?;
             // The sum was checked with the parameters.
             number = number.wrapping_add(1);
+        }
+    }
+
+    // With the first disk that is added it is too late to fail: see `Prepared::add()`.
+    let mut disks = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
+    for (number, part, disk) in prepared {
+        match disk.add() {
+            Ok(disk) => {
+                disk.data().announce(fmt!("pmem{}", number), part);
+                // There is room for all of them.
+                let _ = disks.push_within_capacity(disk);
+            }
+            Err(error) => {
+                let error = explain(error, number, part);
+                if disks.is_empty() {
+                    return Err(error);
+                }
+            }
         }
     }
     Ok(disks)
@@ -165,13 +184,17 @@ fn tell_left_over(range: PhysRange, split: &Split) {
     }
 }
 
-/// Logs why the disk `number` could not be made of `range`.
-fn explain(error: Error, number: u32, range: PhysRange) {
+/// Logs why the disk `number` could not be made of `range`, and returns the error for it.
+fn explain(error: Error, number: u32, range: PhysRange) -> Error {
     match error {
-        EEXIST => pr_err!(
-            "pmem{}: the name is taken by another driver; choose other numbers with pmem_first=\n",
-            number
-        ),
+        EEXIST => {
+            pr_err!(
+                "pmem{}: the name is taken by another driver; choose other numbers with pmem_first=\n",
+                number
+            );
+            // To a loader, EEXIST means that the module is loaded already.
+            return EBUSY;
+        }
         ENOMEM => pr_err!(
             "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM\n",
             number,
@@ -179,4 +202,5 @@ fn explain(error: Error, number: u32, range: PhysRange) {
         ),
         _ => pr_err!("pmem{}: cannot map {} ({:?})\n", number, range, error),
     }
+    error
 }

@@ -311,9 +311,7 @@ impl<'a> Builder<'a> {
         let parent = cache::create()?.join("vm");
         fs::create_dir_all(&parent)
             .with_context(|| format!("cannot create {}", parent.display()))?;
-        let dir = tempfile::Builder::new()
-            .prefix(&format!("{}-", self.name))
-            .tempdir_in(&parent)?;
+        let dir = memory::scratch(&parent, "vm")?;
         let early = Module::resolve(self.kernel, self.root, &EARLY.map(str::to_owned))?;
         let mut modules = Module::resolve(self.kernel, self.root, &self.modules)?;
         modules.retain(|module| early.iter().all(|other| other.name != module.name));

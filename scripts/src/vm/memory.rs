@@ -37,7 +37,7 @@ impl Persistent {
                 .unwrap_or(0)
         };
         let dir = if room(shm).min(available_memory()) / 2 > size {
-            tempfile::Builder::new().prefix("pmem-").tempdir_in(shm)?
+            scratch(shm, "pmem-memory")?
         } else {
             let parent = cache::create()?.join("vm");
             fs::create_dir_all(&parent)
@@ -48,9 +48,7 @@ impl Persistent {
                 parent.display(),
                 size / MIB
             );
-            tempfile::Builder::new()
-                .prefix("memory-")
-                .tempdir_in(&parent)?
+            scratch(&parent, "pmem-memory")?
         };
         let memory = Self { dir, size };
         let path = memory.path();
@@ -74,6 +72,31 @@ impl Persistent {
     pub fn size(&self) -> u64 {
         self.size
     }
+}
+
+/// Makes a directory in `parent` that is gone when it is dropped, or, if this process is killed first, when another
+/// one makes a directory of the same name.
+pub(super) fn scratch(parent: &Path, name: &str) -> Result<TempDir> {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let file = entry.file_name();
+        let owner = file
+            .to_str()
+            .and_then(|file| {
+                file.strip_prefix(name)?
+                    .strip_prefix('.')?
+                    .split('.')
+                    .next()
+            })
+            .and_then(|pid| pid.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Another process may be removing it as well.
+            fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+    tempfile::Builder::new()
+        .prefix(&format!("{name}.{}.", std::process::id()))
+        .tempdir_in(parent)
+        .with_context(|| format!("cannot make a directory in {}", parent.display()))
 }
 
 /// What the host can give without swapping.
@@ -110,6 +133,23 @@ pub fn memmap(how: Use, start: u64, size: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        // No process has this number: it is beyond the largest that Linux gives.
+        for name in ["vm.4294967295.x", "vmx.4294967295.x", "vm-4294967295"] {
+            fs::create_dir(parent.path().join(name)).unwrap();
+        }
+        let own = format!("vm.{}.own", std::process::id());
+        fs::create_dir(parent.path().join(&own)).unwrap();
+        let made = scratch(parent.path(), "vm").unwrap();
+        assert!(!parent.path().join("vm.4294967295.x").exists());
+        assert!(parent.path().join("vmx.4294967295.x").exists());
+        assert!(parent.path().join("vm-4294967295").exists());
+        assert!(parent.path().join(&own).exists());
+        assert!(made.path().exists());
+    }
 
     #[test]
     fn memmap_is_as_the_kernel_reads_it() {
