@@ -30,7 +30,7 @@ use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::root::Root;
 use crate::{cache, repo};
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Error, Result};
 use channel::{Channel, Silence};
 use pmem_guest::{Bytes, Call, Reply, Request, Run, PORT};
 use std::fmt;
@@ -48,7 +48,7 @@ pub const PMEM_KO: &str = "/pmem.ko";
 const EARLY: [&str; 2] = ["virtio_pci", "virtio_console"];
 
 /// How long a guest may take to boot. Emulated on a busy host it takes a quarter of that.
-const BOOT: Duration = Duration::from_secs(90);
+const BOOT: Duration = Duration::from_secs(60);
 
 /// How long a program in the guest may take, unless told otherwise.
 const COMMAND: Duration = Duration::from_secs(120);
@@ -295,6 +295,24 @@ impl<'a> Builder<'a> {
 
     /// Boots the machine, and waits until it does what it is told.
     pub fn start(self) -> Result<Vm> {
+        match self.launch() {
+            // Emulated on a busy host, a kernel once in a long while stops early in its boot. Whether it boots at all
+            // is asked with the accelerator given.
+            Err(error)
+                if self.accelerator.is_none()
+                    && matches!(error.downcast_ref(), Some(Silence::TimedOut)) =>
+            {
+                self.progress.line(&format!(
+                    "{}: the kernel hangs in its boot; trying once more",
+                    self.name
+                ));
+                self.launch()
+            }
+            booted => booted,
+        }
+    }
+
+    fn launch(&self) -> Result<Vm> {
         ensure!(
             self.ram <= 2 * GIB,
             "a guest has at most 2 GiB of ordinary memory"
@@ -340,7 +358,7 @@ impl<'a> Builder<'a> {
             .zip(child.stdout.take())
             .context("QEMU has no standard streams")?;
         let vm = Vm {
-            name: self.name,
+            name: self.name.clone(),
             accelerator,
             boot: Duration::ZERO,
             kernel: String::new(),
@@ -461,11 +479,9 @@ impl Vm {
         } else {
             format!("\nQEMU said:\n{qemu}")
         };
-        anyhow::anyhow!(
-            "{}: {what}: {why}{qemu}\n{}",
-            self.name,
-            self.console_tail()
-        )
+        let name = &self.name;
+        let console = self.console_tail();
+        Error::new(silence).context(format!("{name}: {what}: {why}{qemu}\n{console}"))
     }
 
     /// Runs a program in the guest.

@@ -6,6 +6,7 @@ use anyhow::{bail, Context, Result};
 use pmem_guest::{Answer, Call, Reply, Request};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::termios::{tcgetattr, tcgetwinsize, tcsetattr, OptionalActions, Termios};
+use std::fmt;
 use std::io::{stdin, stdout, Read, Stdin, Write};
 use std::process::{ChildStdin, ChildStdout};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,17 @@ pub enum Silence {
     /// The time is up.
     TimedOut,
 }
+
+impl fmt::Display for Silence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Silence::Ended => "ended",
+            Silence::TimedOut => "timed out",
+        })
+    }
+}
+
+impl std::error::Error for Silence {}
 
 /// A line to the guest's agent.
 #[derive(Debug)]
