@@ -5,6 +5,7 @@
 use super::bindings;
 use kernel::prelude::*;
 
+/// Is called at build time alone, where a panic is an error of the build.
 const fn c_str(bytes: &'static [u8]) -> &'static CStr {
     match CStr::from_bytes_with_nul(bytes) {
         Ok(s) => s,

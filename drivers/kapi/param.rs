@@ -107,6 +107,8 @@ pub(crate) use modinfo;
 pub(crate) const OPS: *const bindings::kernel_param_ops =
     core::ptr::addr_of!(bindings::param_ops_charp);
 
+// These two are called at build time alone, where a panic is an error of the build.
+
 #[doc(hidden)]
 pub(crate) const fn c_str(text: &'static str) -> &'static CStr {
     match CStr::from_bytes_with_nul(text.as_bytes()) {
