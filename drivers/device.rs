@@ -177,6 +177,8 @@ impl PmemDevice {
             bio::Op::Read => self.transfer(bio, |medium, segment| {
                 mc::copy(segment, medium).map_err(|_| Status::IOERR)
             }),
+            // A flush alone, which is done.
+            bio::Op::Write if bio.size() == 0 => Ok(()),
             bio::Op::Write => {
                 self.transfer(bio, |medium, segment| {
                     self.persist.write(medium, segment);
