@@ -203,6 +203,11 @@ impl Machine for Flawed<'_> {
         unsafe { self.0.store(dst, src, len) }
     }
 
+    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { self.0.store_granule(dst, value) }
+    }
+
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
         // SAFETY: By the safety contract of this function.
         unsafe {
@@ -368,6 +373,36 @@ fn write_back_makes_the_stores_of_others_durable() {
                 unsafe { persist.write_back(memory.addr(to), len) };
                 persist.fence();
 
+                assert_eq!(loses(&memory), flaw != Flaw::None, "{flaw:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_value_is_durable_after_a_fence() {
+    for at in (LINE..3 * LINE).step_by(GRANULE) {
+        for flaw in [
+            Flaw::None,
+            Flaw::NoWriteBack,
+            Flaw::WrongLine,
+            Flaw::NoFence,
+        ] {
+            for is_cached in [false, true] {
+                let memory = Memory::boot(&[GUARD; 5 * LINE]);
+                let persist = Persist::on(Flawed(&memory, flaw));
+                let line = memory.slice().range(at as u64 / 64 * 64, 64).unwrap();
+
+                if is_cached {
+                    assert!(persist.store_u64_cached(line, at as u64 % 64, 7));
+                    persist.flush(line);
+                } else {
+                    assert!(persist.store_u64(line, at as u64 % 64, 7));
+                }
+                persist.fence();
+
+                assert_eq!(memory.slice().load_u64(at as u64), Some(7));
+                assert_eq!(memory.in_flight(), usize::from(flaw != Flaw::None));
                 assert_eq!(loses(&memory), flaw != Flaw::None, "{flaw:?}");
             }
         }

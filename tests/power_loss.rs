@@ -104,6 +104,79 @@ fn a_line_is_written_back_as_a_whole() {
 }
 
 #[test]
+fn a_fence_waits_for_its_own_cpu() {
+    let memory = Memory::new(16);
+    let other = Persist::on(memory.cpu(1));
+
+    other.write_bytes(memory.slice(), &[1; 8]);
+    assert!(other.store_u64(memory.slice(), 8, 0x0202_0202_0202_0202));
+    fence(&memory);
+    assert_eq!(memory.in_flight(), 2);
+
+    // One that has written the line back waits for what the other stored there through the cache.
+    write_back(&memory, 1);
+    fence(&memory);
+    assert_eq!(images(&memory), [vec![1, 2]].into());
+}
+
+#[test]
+fn of_two_cpus_the_later_store_counts() {
+    let memory = Memory::new(8);
+    let [first, second] = [0, 1].map(|cpu| Persist::on(memory.cpu(cpu)));
+
+    assert!(first.store_u64(memory.slice(), 0, 1));
+    assert!(second.store_u64(memory.slice(), 0, 2));
+    assert_eq!(images(&memory), [vec![0], vec![1], vec![2]].into());
+
+    // The fence of the first is for its own store alone, which does not hide the later one.
+    let later = memory.crash_images(8, 0).count();
+    first.fence();
+    assert_eq!(images(&memory), [vec![1], vec![2]].into());
+    assert!(memory.crash_images(8, 0).count() < later);
+
+    second.fence();
+    assert_eq!(images(&memory), [vec![2]].into());
+    assert_eq!(memory.in_flight(), 0);
+}
+
+#[test]
+fn the_fence_of_the_later_store_is_enough() {
+    let memory = Memory::new(8);
+    let [first, second] = [0, 1].map(|cpu| Persist::on(memory.cpu(cpu)));
+
+    assert!(first.store_u64(memory.slice(), 0, 1));
+    assert!(second.store_u64(memory.slice(), 0, 2));
+    second.fence();
+    assert_eq!(images(&memory), [vec![2]].into());
+
+    // What the first had put on its way does not come back.
+    first.fence();
+    assert_eq!(images(&memory), [vec![2]].into());
+}
+
+#[test]
+fn a_value_is_stored_at_once() {
+    let memory = Memory::boot(&[9; 72]);
+    let persist = Persist::on(&memory);
+    let value = u64::from_le_bytes([1, 2, 3, 4, 5, 6, 7, 8]);
+
+    assert!(persist.store_u64_cached(memory.slice(), 64, value));
+    persist.fence();
+    let images: BTreeSet<_> = memory.crash_images(8, 0).collect();
+    let [old, new] = [[9; 8], [1, 2, 3, 4, 5, 6, 7, 8]].map(|end| [&[9; 64][..], &end].concat());
+    assert_eq!(images, [old, new.clone()].into());
+    assert_eq!(memory.slice().load_u64(64), Some(value));
+
+    persist.flush(memory.slice());
+    persist.fence();
+    assert_eq!(memory.durable(), new);
+
+    assert!(!persist.store_u64(memory.slice(), 68, value));
+    assert!(!persist.store_u64(memory.slice(), 72, value));
+    assert_eq!(memory.in_flight(), 0);
+}
+
+#[test]
 fn what_was_overwritten_and_made_durable_does_not_come_back() {
     let memory = Memory::new(8);
 

@@ -9,6 +9,7 @@ use super::{
 };
 use core::sync::atomic::{
     fence,
+    AtomicU64,
     Ordering, //
 };
 
@@ -67,6 +68,12 @@ impl Machine for Generic {
     unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
         // SAFETY: By the safety contract of this function.
         unsafe { Self::put::<u8>(dst, src, len) }
+    }
+
+    #[inline]
+    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { AtomicU64::from_ptr(dst.cast()) }.store(value, Ordering::Release);
     }
 
     #[inline]

@@ -9,7 +9,8 @@
 //! | step | what it does | durable |
 //! |---|---|---|
 //! | [`copy`](Persist::copy), [`zero`](Persist::zero) | stores bytes past the cache, and those that cannot go past it through it, and writes their lines back | after a fence |
-//! | [`write_back`](Persist::write_back) | writes lines back that others stored to | after a fence |
+//! | [`store_u64`](Persist::store_u64) | stores a value at once through the cache, and writes its line back | after a fence |
+//! | [`write_back`](Persist::write_back), [`flush`](Persist::flush) | writes lines back that others stored to | after a fence |
 //! | [`fence`](Persist::fence) | waits for all of these of this CPU | yes |
 
 #![allow(
@@ -26,10 +27,12 @@ pub mod x86_64;
 
 pub use self::slice::VolatileSlice;
 
+/// The machine of the architecture that this is built for.
 #[cfg(not(target_arch = "x86_64"))]
-use self::generic::Generic as Native;
+pub type Native = generic::Generic;
+/// The machine of the architecture that this is built for.
 #[cfg(target_arch = "x86_64")]
-use self::x86_64::X86_64 as Native;
+pub type Native = x86_64::X86_64;
 
 /// The bytes of a cache line, which is what is written back at a time.
 ///
@@ -80,6 +83,15 @@ pub trait Machine: Copy {
     ///
     /// `dst` and `src` must be valid, as said at the [trait](Self).
     unsafe fn store(self, dst: *mut u8, src: Source, len: usize);
+
+    /// Stores one granule, whose bytes are those of `value`, through the cache and by one access:
+    /// another CPU sees all of it or nothing, and only after what this one stored through the cache
+    /// before. It is not durable until its line is written back.
+    ///
+    /// # Safety
+    ///
+    /// `dst` must be valid, as said at the [trait](Self), and a multiple of [`GRANULE`].
+    unsafe fn store_granule(self, dst: *mut u8, value: u64);
 
     /// Stores 4 bytes past the cache.
     ///

@@ -10,12 +10,15 @@
 //! |---|---|---|
 //! | dirty | a store through the cache | there or not: a line may be evicted at any time |
 //! | on its way | a store past the cache; a write-back of its line | there or not |
-//! | durable | a fence after that | there |
+//! | durable | a fence after that, of the same CPU | there |
 //!
 //! Stores are cut into aligned granules of 8 bytes, and each of these is there or not by itself,
 //! also in one line, and whatever the order of the stores: real machines keep some of the order that
 //! the model gives up, so what survives here survives there. A store that is there hides the older
 //! ones to the same bytes.
+//!
+//! The memory itself is the machine of one CPU, and [`Memory::cpu`] gives those of others. All see
+//! the same bytes, but a fence of one does not wait for what another has put on its way.
 //!
 //! Of what could be found after a power loss, [`Memory::crash_images`] makes all or many. A test
 //! boots each with [`Memory::boot`], or looks at its bytes.
@@ -27,6 +30,7 @@ extern crate std;
 use super::{
     Machine,
     Source,
+    VolatileSlice,
     GRANULE,
     LINE, //
 };
@@ -55,8 +59,8 @@ struct Store {
     bytes: [u8; GRANULE],
     /// Which of these are stored.
     mask: [bool; GRANULE],
-    /// Whether it is on its way, so that a fence makes it durable.
-    on_its_way: bool,
+    /// The CPUs that have put it on its way, a bit each: a fence of one of them makes it durable.
+    on_its_way: u32,
 }
 
 impl Store {
@@ -80,21 +84,22 @@ struct Media {
 }
 
 impl Media {
-    /// Makes durable what is on its way.
-    fn fence(&mut self) {
+    /// Makes durable what the CPU of this bit has put on its way.
+    fn fence(&mut self, cpu: u32) {
         let mut left: Vec<Store> = Vec::new();
 
         for store in &self.in_flight {
+            let becomes_durable = store.on_its_way & cpu != 0;
             // What is older cannot come back where it was overwritten.
             for older in left
                 .iter_mut()
                 .filter(|older| older.granule == store.granule)
             {
                 for (older, &stored) in older.mask.iter_mut().zip(&store.mask) {
-                    *older &= !(stored && store.on_its_way);
+                    *older &= !(stored && becomes_durable);
                 }
             }
-            if store.on_its_way {
+            if becomes_durable {
                 store.apply(&mut self.durable);
             } else {
                 left.push(*store);
@@ -182,6 +187,24 @@ impl Memory {
             .wrapping_add(offset)
     }
 
+    /// All of it, with the rule of [`addr`](Self::addr).
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: It is there as long as it is borrowed, and nobody refers to its bytes: they are
+        // in cells, of which none is opened. It belongs to one thread, as it is not `Sync`, and so
+        // does the slice.
+        unsafe { VolatileSlice::new(self.addr(0), self.len) }
+    }
+
+    /// The machine of the CPU of this number. The memory is itself that of CPU 0.
+    pub fn cpu(&self, number: u32) -> Cpu<'_> {
+        let bit = 1_u32.checked_shl(number);
+
+        Cpu {
+            memory: self,
+            bit: bit.unwrap_or_else(|| panic!("the model has no CPU {number}")),
+        }
+    }
+
     /// Writes `bytes` at `offset` through the cache, as a user does in a mapping: they stay dirty
     /// until their lines are written back.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
@@ -189,7 +212,7 @@ impl Memory {
             self.addr(offset),
             Source::Memory(bytes.as_ptr()),
             bytes.len(),
-            false,
+            0,
         );
     }
 
@@ -238,8 +261,8 @@ impl Memory {
         }
     }
 
-    /// Stores `len` bytes at `dst`.
-    fn put(&self, dst: *mut u8, src: Source, len: usize, past_the_cache: bool) {
+    /// Stores `len` bytes at `dst`, which are on their way if they go past the cache of a CPU.
+    fn put(&self, dst: *mut u8, src: Source, len: usize, on_its_way: u32) {
         let offset = self.offset(dst, len);
         let mut media = self.media.borrow_mut();
         let mut at = offset;
@@ -249,7 +272,7 @@ impl Memory {
                 granule: at / GRANULE,
                 bytes: [0; GRANULE],
                 mask: [false; GRANULE],
-                on_its_way: past_the_cache,
+                on_its_way,
             };
             while at < offset + len && at / GRANULE == store.granule {
                 let byte = match src.skip(at - offset) {
@@ -281,16 +304,70 @@ impl Machine for &Memory {
     const DURABLE: bool = true;
 
     fn name(self) -> &'static str {
+        self.cpu(0).name()
+    }
+
+    unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
+        // SAFETY: By the safety contract of this function, as are those below.
+        unsafe { self.cpu(0).store(dst, src, len) }
+    }
+
+    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).store_granule(dst, value) }
+    }
+
+    unsafe fn stream_half(self, dst: *mut u8, src: Source) {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).stream_half(dst, src) }
+    }
+
+    unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).stream(dst, src, granules) }
+    }
+
+    unsafe fn write_back(self, addr: *const u8) {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).write_back(addr) }
+    }
+
+    fn fence(self) {
+        self.cpu(0).fence();
+    }
+}
+
+/// One of the CPUs in front of a [`Memory`]; see [`Memory::cpu`].
+#[derive(Clone, Copy)]
+pub struct Cpu<'a> {
+    memory: &'a Memory,
+    bit: u32,
+}
+
+impl Machine for Cpu<'_> {
+    const DURABLE: bool = true;
+
+    fn name(self) -> &'static str {
         "model"
     }
 
     unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
-        self.put(dst, src, len, false);
+        self.memory.put(dst, src, len, 0);
+    }
+
+    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
+        assert!(
+            dst.addr() % GRANULE == 0,
+            "{dst:?} is not a multiple of {GRANULE}"
+        );
+        let bytes = value.to_ne_bytes();
+        self.memory
+            .put(dst, Source::Memory(bytes.as_ptr()), GRANULE, 0);
     }
 
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
         assert!(dst.addr() % 4 == 0, "{dst:?} is not a multiple of 4");
-        self.put(dst, src, 4, true);
+        self.memory.put(dst, src, 4, self.bit);
     }
 
     unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
@@ -298,20 +375,23 @@ impl Machine for &Memory {
             dst.addr() % GRANULE == 0,
             "{dst:?} is not a multiple of {GRANULE}"
         );
-        self.put(dst, src, granules * GRANULE, true);
+        self.memory.put(dst, src, granules * GRANULE, self.bit);
     }
 
     unsafe fn write_back(self, addr: *const u8) {
         // The line may begin before the byte and end after the memory.
-        let line = self.offset(addr.wrapping_sub(addr.addr() % LINE), 0) / LINE;
+        let addr = addr.wrapping_sub(addr.addr() % LINE);
+        let line = self.memory.offset(addr, 0) / LINE;
 
-        for store in &mut self.media.borrow_mut().in_flight {
-            store.on_its_way |= store.granule * GRANULE / LINE == line;
+        for store in &mut self.memory.media.borrow_mut().in_flight {
+            if store.granule * GRANULE / LINE == line {
+                store.on_its_way |= self.bit;
+            }
         }
     }
 
     fn fence(self) {
-        self.media.borrow_mut().fence();
+        self.memory.media.borrow_mut().fence(self.bit);
     }
 }
 

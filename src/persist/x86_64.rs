@@ -90,6 +90,20 @@ impl Machine for X86_64 {
     }
 
     #[inline]
+    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
+        // Stores become visible in order, and a store within a line as a whole.
+        // SAFETY: By the safety contract of this function, the 8 bytes at `dst` may be written.
+        unsafe {
+            asm!(
+                "mov [{dst}], {value}",
+                dst = in(reg) dst,
+                value = in(reg) value,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    #[inline]
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
         let half = match src {
             // SAFETY: By the safety contract of this function; an array of bytes has any address.
