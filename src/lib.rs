@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod extent;
+pub mod kmem;
 pub mod memmap;
 pub mod persist;
 pub mod range;

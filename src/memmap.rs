@@ -243,20 +243,24 @@ impl<'a> Config<'a> {
     }
 }
 
+/// The elements of a list, or its only one again and again.
+pub(super) fn one_or_each(list: &str) -> impl Iterator<Item = &str> {
+    let mut elements = size::list(list);
+    let one_for_all = match (elements.next(), elements.next()) {
+        (Some(element), None) => Some(element),
+        _ => None,
+    };
+
+    size::list(list).chain(core::iter::from_fn(move || one_for_all))
+}
+
 /// Reads the lists, which are of one length, element by element.
 fn parse<'a>(
     params: Params<'a>,
 ) -> impl Iterator<Item = Result<(PhysRange, Split), Error<'a>>> + 'a {
-    let mut counts = size::list(params.count);
-    let one_for_all = match (counts.next(), counts.next()) {
-        (Some(count), None) => Some(count),
-        _ => None,
-    };
-    let counts = size::list(params.count).chain(core::iter::from_fn(move || one_for_all));
-
     size::list(params.start)
         .zip(size::list(params.size))
-        .zip(counts)
+        .zip(one_or_each(params.count))
         .map(|((start, size), count)| {
             let bytes = |param, value| {
                 size::parse(value).map_err(|error| Error::Number {
