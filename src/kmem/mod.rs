@@ -15,6 +15,7 @@
 //! in order. Where the pages come from and go to is up to the user of this module.
 
 pub mod bitmap;
+pub mod blocks;
 pub mod layout;
 pub mod params;
 pub mod scan;
