@@ -104,13 +104,13 @@ impl PmemDevice {
         let limits = Limits {
             logical_block_size: options.logical_block_size,
             physical_block_size: page::PAGE_SIZE as u32,
-            max_hw_sectors: u32::MAX,
             max_write_zeroes_sectors: Sector::containing(MAX_WRITE_ZEROES).0 as u32,
             features: Features::WRITE_CACHE
                 | Features::FUA
                 | Features::SYNCHRONOUS
                 | Features::NOWAIT
                 | Features::DAX,
+            ..Limits::default()
         };
         let capacity = Sector::containing(range.size());
         Prepared::new(name, capacity, &limits, node, device, Some(dax))
@@ -196,7 +196,7 @@ impl PmemDevice {
                 self.persist.fence();
                 Ok(())
             }
-            bio::Op::Other(_) => Err(Status::NOTSUPP),
+            bio::Op::Discard | bio::Op::Other(_) => Err(Status::NOTSUPP),
         }
     }
 }

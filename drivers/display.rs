@@ -3,6 +3,17 @@
 //! Lets the kernel print what `src/` can display.
 
 use crate::pmem_core::{
+    kmem::{
+        layout, params,
+        scan::EntryFault,
+        superblock::{
+            Format,
+            Place,
+            ProbeError,
+            Repair,
+            Uuid, //
+        },
+    },
     memmap,
     range::PhysRange,
     size::Size, //
@@ -19,4 +30,16 @@ macro_rules! display {
     )*};
 }
 
-display!(memmap::Error<'_>, PhysRange, Size);
+display!(
+    EntryFault,
+    Format,
+    layout::Error,
+    memmap::Error<'_>,
+    params::Error<'_>,
+    PhysRange,
+    Place,
+    ProbeError,
+    Repair,
+    Size,
+    Uuid,
+);

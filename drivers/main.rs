@@ -5,6 +5,7 @@
 mod device;
 mod display;
 mod kapi;
+mod kmem;
 #[expect(
     dead_code,
     unreachable_pub,
@@ -26,12 +27,25 @@ module! {
 
 struct Pmem {
     _memmap: provider::memmap::Disks,
+    _kmem: kmem::Kmem,
 }
 
 impl kernel::Module for Pmem {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        let memmap = provider::memmap::prepare()?;
+        let kmem = kmem::prepare()?;
+        // Who loads the module wants something of it; who has it built in may not.
+        if cfg!(MODULE) && memmap.is_empty() && kmem.is_empty() {
+            pr_err!("{}\n", pmem_core::memmap::Error::NoRange);
+            return Err(EINVAL);
+        }
+
+        // With the first disk or memory that is added it is too late to fail.
+        let memmap = memmap.add()?;
+        let kmem = kmem.online(!memmap.is_empty())?;
         Ok(Pmem {
-            _memmap: provider::memmap::probe()?,
+            _memmap: memmap,
+            _kmem: kmem,
         })
     }
 }

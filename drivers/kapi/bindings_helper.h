@@ -9,6 +9,12 @@
 #include <linux/bio.h>
 #include <linux/blkdev.h>
 #include <linux/dax.h>
+#include <linux/io.h>
+#include <linux/memory.h>
+#ifdef PMEM_DAX_BUS
+#include <dax-private.h>
+#include <bus.h>
+#endif
 
 /* An external build has no .config entry for the driver. */
 #ifndef CONFIG_BLK_DEV_RUST_PMEM_START
@@ -29,20 +35,77 @@ PMEM_CONST(blk_features_t, BLK_FEAT_IO_STAT);
 PMEM_CONST(blk_features_t, BLK_FEAT_SYNCHRONOUS);
 PMEM_CONST(blk_features_t, BLK_FEAT_NOWAIT);
 PMEM_CONST(blk_features_t, BLK_FEAT_DAX);
+PMEM_CONST(blk_features_t, BLK_FEAT_ATOMIC_WRITES);
 
 PMEM_CONST(blk_status_t, BLK_STS_NOTSUPP);
 PMEM_CONST(blk_status_t, BLK_STS_IOERR);
+PMEM_CONST(blk_status_t, BLK_STS_NOSPC);
+PMEM_CONST(blk_status_t, BLK_STS_AGAIN);
+
+PMEM_CONST(gfp_t, GFP_NOIO);
+PMEM_CONST(gfp_t, GFP_NOWAIT);
+PMEM_CONST(gfp_t, __GFP_HIGHMEM);
+PMEM_CONST(gfp_t, __GFP_MOVABLE);
+PMEM_CONST(gfp_t, __GFP_NOMEMALLOC);
+PMEM_CONST(gfp_t, __GFP_NORETRY);
+PMEM_CONST(gfp_t, __GFP_NOWARN);
+PMEM_CONST(gfp_t, __GFP_RETRY_MAYFAIL);
+PMEM_CONST(gfp_t, __GFP_THISNODE);
+
+PMEM_CONST(mhp_t, MHP_NID_IS_MGID);
+PMEM_CONST(unsigned long, MEMREMAP_WB);
+PMEM_CONST(unsigned int, MAX_PAGE_ORDER);
 
 PMEM_CONST(blk_opf_t, REQ_OP_MASK);
 PMEM_CONST(blk_opf_t, REQ_PREFLUSH);
+PMEM_CONST(blk_opf_t, REQ_NOWAIT);
+PMEM_CONST(blk_opf_t, REQ_NOUNMAP);
 #if IS_BUILTIN(CONFIG_KUNIT)
 PMEM_CONST(blk_opf_t, REQ_FUA);
-PMEM_CONST(blk_opf_t, REQ_NOWAIT);
 #endif
 
 bool pmem_helper_cpu_has_clwb(void);
 bool pmem_helper_cpu_has_clflushopt(void);
+unsigned int pmem_helper_cpu(void);
 int pmem_helper_phys_to_online_node(phys_addr_t start);
 void *pmem_helper_page_address(const struct page *page);
+
+/* attribute.rs */
+void pmem_helper_sysfs_attr_init(struct attribute *attr);
+void pmem_helper_dev_set_drvdata(struct device *dev, void *data);
+void *pmem_helper_dev_get_drvdata(const struct device *dev);
+
+#ifdef PMEM_DAX_BUS
+/* daxbus.rs */
+bool pmem_helper_dev_dax_range(const struct dev_dax *dev_dax, struct range *range);
+struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax);
+struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax);
+#endif
+
+/* disk.rs */
+void pmem_helper_disk_lock_open(struct gendisk *disk);
+void pmem_helper_disk_unlock_open(struct gendisk *disk);
+unsigned int pmem_helper_disk_openers(struct gendisk *disk);
+
+/* hotplug.rs */
+bool pmem_helper_node_possible(int nid);
+unsigned long pmem_helper_node_present_pages(int nid);
+struct page *pmem_helper_pfn_to_page(unsigned long pfn);
+unsigned long pmem_helper_page_to_pfn(const struct page *page);
+void *pmem_helper_phys_to_virt(phys_addr_t phys);
+bool pmem_helper_page_is_movable_zone(const struct page *page);
+void pmem_helper_set_page_offline(struct page *page);
+void pmem_helper_clear_page_offline(struct page *page);
+void pmem_helper_set_page_dirty(struct page *page);
+bool pmem_helper_test_clear_page_dirty(struct page *page);
+bool pmem_helper_page_ref_dec_and_test(struct page *page);
+void pmem_helper_page_ref_inc(struct page *page);
+void pmem_helper_set_page_private(struct page *page, unsigned long private);
+unsigned long pmem_helper_page_private(const struct page *page);
+struct page *pmem_helper_alloc_page_node(int nid, gfp_t gfp);
+void pmem_helper_free_page(struct page *page);
+int pmem_helper_alloc_contig_range(unsigned long start, unsigned long end, gfp_t gfp);
+unsigned long pmem_helper_next_pages(unsigned long start, unsigned long end, bool free,
+				     unsigned long *count);
 
 #endif /* PMEM_BINDINGS_HELPER_H */

@@ -25,6 +25,8 @@ pub(crate) enum Op {
     Write,
     /// Make all completed writes durable.
     Flush,
+    /// Forget a range of the device.
+    Discard,
     /// Zero a range of the device.
     WriteZeroes,
     /// Any other operation, by its `REQ_OP_` number.
@@ -42,6 +44,10 @@ impl Status {
     pub(crate) const OK: Self = Status(bindings::BLK_STS_OK as bindings::blk_status_t);
     /// The device or its medium failed.
     pub(crate) const IOERR: Self = Status(bindings::PMEM_CONST_BLK_STS_IOERR);
+    /// There is no room for the data.
+    pub(crate) const NOSPC: Self = Status(bindings::PMEM_CONST_BLK_STS_NOSPC);
+    /// The bio may not sleep, and would have to.
+    pub(crate) const AGAIN: Self = Status(bindings::PMEM_CONST_BLK_STS_AGAIN);
     /// The device does not do this.
     pub(crate) const NOTSUPP: Self = Status(bindings::PMEM_CONST_BLK_STS_NOTSUPP);
 }
@@ -86,6 +92,7 @@ impl Bio {
             bindings::req_op_REQ_OP_READ => Op::Read,
             bindings::req_op_REQ_OP_WRITE => Op::Write,
             bindings::req_op_REQ_OP_FLUSH => Op::Flush,
+            bindings::req_op_REQ_OP_DISCARD => Op::Discard,
             bindings::req_op_REQ_OP_WRITE_ZEROES => Op::WriteZeroes,
             other => Op::Other(other),
         }
@@ -95,6 +102,18 @@ impl Bio {
     #[inline]
     pub(crate) fn is_preflush(&self) -> bool {
         self.raw().bi_opf & bindings::PMEM_CONST_REQ_PREFLUSH != 0
+    }
+
+    /// Whether the bio must not sleep.
+    #[inline]
+    pub(crate) fn is_nowait(&self) -> bool {
+        self.raw().bi_opf & bindings::PMEM_CONST_REQ_NOWAIT != 0
+    }
+
+    /// Whether what is zeroed is to keep its place on the medium.
+    #[inline]
+    pub(crate) fn is_nounmap(&self) -> bool {
+        self.raw().bi_opf & bindings::PMEM_CONST_REQ_NOUNMAP != 0
     }
 
     /// Where the bio begins on the disk (not on the partition).

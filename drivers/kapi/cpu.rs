@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Features of the boot CPU.
+//! The CPU that this runs on, and the features that all have.
 //!
 //! C header: [`arch/x86/include/asm/cpufeature.h`](srctree/arch/x86/include/asm/cpufeature.h)
 
@@ -16,4 +16,11 @@ pub(crate) fn has_clwb() -> bool {
 pub(crate) fn has_clflushopt() -> bool {
     // SAFETY: As in `has_clwb()`.
     unsafe { bindings::pmem_helper_cpu_has_clflushopt() }
+}
+
+/// The number of the CPU that this runs on; it may be another one when the caller looks at it.
+#[inline]
+pub(crate) fn current() -> u32 {
+    // SAFETY: Reads a variable of the CPU.
+    unsafe { bindings::pmem_helper_cpu() }
 }

@@ -38,6 +38,15 @@ pub(crate) trait Operations: Send + Sync + 'static {
     /// Runs in the context of the submitter, on any number of CPUs at once. It must not sleep
     /// when the bio has `REQ_NOWAIT` and the disk has [`Features::NOWAIT`].
     fn submit_bio(&self, bio: Bio);
+
+    /// Decides whether the disk may be opened.
+    ///
+    /// # Errors
+    ///
+    /// What `open(2)` is to give.
+    fn open(&self) -> Result {
+        Ok(())
+    }
 }
 
 /// Features that a disk advertises.
@@ -57,6 +66,8 @@ impl Features {
     pub(crate) const NOWAIT: Self = Features(bindings::PMEM_CONST_BLK_FEAT_NOWAIT);
     /// File systems can access the memory of the disk directly.
     pub(crate) const DAX: Self = Features(bindings::PMEM_CONST_BLK_FEAT_DAX);
+    /// Writes of [`Limits::atomic_write_unit`] are done wholly or not at all, whatever happens.
+    pub(crate) const ATOMIC_WRITES: Self = Features(bindings::PMEM_CONST_BLK_FEAT_ATOMIC_WRITES);
 }
 
 impl BitOr for Features {
@@ -68,6 +79,8 @@ impl BitOr for Features {
 }
 
 /// What a disk promises, and what it asks of its bios.
+///
+/// By default it only reads and writes, in sectors of 512 bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
     /// The smallest and the alignment of all I/O, in bytes: a power of two, 512 to `PAGE_SIZE`.
@@ -78,8 +91,32 @@ pub(crate) struct Limits {
     pub(crate) max_hw_sectors: u32,
     /// The largest `REQ_OP_WRITE_ZEROES`, in sectors; 0 for none.
     pub(crate) max_write_zeroes_sectors: u32,
+    /// The largest `REQ_OP_DISCARD`, in sectors; 0 for none.
+    pub(crate) max_discard_sectors: u32,
+    /// The unit of discards, in bytes.
+    pub(crate) discard_granularity: u32,
+    /// The size of an atomic write, in bytes: a power of two.
+    pub(crate) atomic_write_unit: u32,
     /// See [`Features`].
     pub(crate) features: Features,
+    /// Whether the disk can only be read.
+    pub(crate) read_only: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            logical_block_size: 512,
+            physical_block_size: 512,
+            max_hw_sectors: u32::MAX,
+            max_write_zeroes_sectors: 0,
+            max_discard_sectors: 0,
+            discard_granularity: 0,
+            atomic_write_unit: 0,
+            features: Features(0),
+            read_only: false,
+        }
+    }
 }
 
 /// A `struct gendisk` that is not in `/dev`.
@@ -117,6 +154,7 @@ unsafe impl<T: Operations> Sync for Prepared<T> {}
 impl<T: Operations> Prepared<T> {
     const OPS: bindings::block_device_operations = bindings::block_device_operations {
         submit_bio: Some(Self::submit_bio),
+        open: Some(Self::open),
         owner: T::Module::THIS_MODULE.as_ptr(),
         ..pin_init::zeroed()
     };
@@ -141,6 +179,11 @@ impl<T: Operations> Prepared<T> {
         lim.physical_block_size = limits.physical_block_size;
         lim.max_hw_sectors = limits.max_hw_sectors;
         lim.max_write_zeroes_sectors = limits.max_write_zeroes_sectors;
+        lim.max_hw_discard_sectors = limits.max_discard_sectors;
+        lim.discard_granularity = limits.discard_granularity;
+        lim.atomic_write_hw_unit_min = limits.atomic_write_unit;
+        lim.atomic_write_hw_unit_max = limits.atomic_write_unit;
+        lim.atomic_write_hw_max = limits.atomic_write_unit;
         lim.features = limits.features.0;
 
         // SAFETY: `lim` is initialized, and the lock class is a static.
@@ -163,7 +206,12 @@ impl<T: Operations> Prepared<T> {
             disk.private_data = Arc::as_ptr(&data).cast_mut().cast();
         }
         // SAFETY: The disk is valid.
-        unsafe { bindings::set_capacity(disk.0.as_ptr(), capacity.0) };
+        unsafe {
+            bindings::set_capacity(disk.0.as_ptr(), capacity.0);
+            if limits.read_only {
+                bindings::set_disk_ro(disk.0.as_ptr(), true);
+            }
+        }
 
         let host = match dax {
             // SAFETY: The host is dropped before `disk`: here because it is declared later, in
@@ -215,6 +263,18 @@ impl<T: Operations> Prepared<T> {
         };
         data.submit_bio(bio);
     }
+
+    /// # Safety
+    ///
+    /// Called by the block layer, with a disk of `new()` that is live.
+    unsafe extern "C" fn open(disk: *mut bindings::gendisk, _mode: bindings::blk_mode_t) -> c_int {
+        // SAFETY: The disk's private data was set by `new()`, and lives until it is not live.
+        let data = unsafe { &*(*disk).private_data.cast::<T>() };
+        match data.open() {
+            Ok(()) => 0,
+            Err(error) => error.to_errno(),
+        }
+    }
 }
 
 /// A disk that users see, served by `T`.
@@ -228,6 +288,22 @@ impl<T: Operations> Disk<T> {
     /// What serves the disk.
     pub(crate) fn data(&self) -> &T {
         &self.0.data
+    }
+
+    /// Calls `close` if nobody has the disk open, and returns whether it did. Nobody can open it
+    /// meanwhile: if [`Operations::open`] refuses from then on, nobody ever will.
+    pub(crate) fn close(&self, close: impl FnOnce(&T)) -> bool {
+        let disk = self.0.disk.0.as_ptr();
+        // SAFETY: The disk is live. The mutex is unlocked below.
+        unsafe {
+            bindings::pmem_helper_disk_lock_open(disk);
+            let unused = bindings::pmem_helper_disk_openers(disk) == 0;
+            if unused {
+                close(&self.0.data);
+            }
+            bindings::pmem_helper_disk_unlock_open(disk);
+            unused
+        }
     }
 
     /// The C object, which is live.

@@ -3,8 +3,19 @@
  * What C headers keep inline or in macros, as functions for Rust.
  */
 
+#include <linux/blkdev.h>
+#include <linux/device.h>
+#include <linux/gfp.h>
+#include <linux/io.h>
 #include <linux/mm.h>
+#include <linux/mmzone.h>
+#include <linux/nodemask.h>
 #include <linux/numa.h>
+#include <linux/page-flags.h>
+#include <linux/pageblock-flags.h>
+#include <linux/sched.h>
+#include <linux/smp.h>
+#include <linux/sysfs.h>
 
 #include "bindings_helper.h"
 
@@ -32,6 +43,11 @@ bool pmem_helper_cpu_has_clflushopt(void)
 }
 #endif
 
+unsigned int pmem_helper_cpu(void)
+{
+	return raw_smp_processor_id();
+}
+
 int pmem_helper_phys_to_online_node(phys_addr_t start)
 {
 	return numa_map_to_online_node(phys_to_target_node(start));
@@ -40,4 +56,176 @@ int pmem_helper_phys_to_online_node(phys_addr_t start)
 void *pmem_helper_page_address(const struct page *page)
 {
 	return page_address(page);
+}
+
+void pmem_helper_sysfs_attr_init(struct attribute *attr)
+{
+	sysfs_attr_init(attr);
+}
+
+void pmem_helper_dev_set_drvdata(struct device *dev, void *data)
+{
+	dev_set_drvdata(dev, data);
+}
+
+void *pmem_helper_dev_get_drvdata(const struct device *dev)
+{
+	return dev_get_drvdata(dev);
+}
+
+#ifdef PMEM_DAX_BUS
+bool pmem_helper_dev_dax_range(const struct dev_dax *dev_dax, struct range *range)
+{
+	if (dev_dax->nr_range != 1)
+		return false;
+	*range = dev_dax->ranges[0].range;
+	return true;
+}
+
+struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax)
+{
+	return &dev_dax->dev;
+}
+
+struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax)
+{
+	return container_of(dev_dax->dev.driver, struct dax_device_driver, drv);
+}
+#endif
+
+void pmem_helper_disk_lock_open(struct gendisk *disk)
+{
+	mutex_lock(&disk->open_mutex);
+}
+
+void pmem_helper_disk_unlock_open(struct gendisk *disk)
+{
+	mutex_unlock(&disk->open_mutex);
+}
+
+unsigned int pmem_helper_disk_openers(struct gendisk *disk)
+{
+	return disk_openers(disk);
+}
+
+bool pmem_helper_node_possible(int nid)
+{
+	return nid >= 0 && nid < MAX_NUMNODES && node_possible(nid);
+}
+
+unsigned long pmem_helper_node_present_pages(int nid)
+{
+	return NODE_DATA(nid) ? node_present_pages(nid) : 0;
+}
+
+struct page *pmem_helper_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+unsigned long pmem_helper_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+void *pmem_helper_phys_to_virt(phys_addr_t phys)
+{
+	return phys_to_virt(phys);
+}
+
+bool pmem_helper_page_is_movable_zone(const struct page *page)
+{
+	return page_zonenum(page) == ZONE_MOVABLE;
+}
+
+void pmem_helper_set_page_offline(struct page *page)
+{
+	__SetPageOffline(page);
+}
+
+void pmem_helper_clear_page_offline(struct page *page)
+{
+	__ClearPageOffline(page);
+}
+
+void pmem_helper_set_page_dirty(struct page *page)
+{
+	SetPageDirty(page);
+}
+
+bool pmem_helper_test_clear_page_dirty(struct page *page)
+{
+	return TestClearPageDirty(page);
+}
+
+bool pmem_helper_page_ref_dec_and_test(struct page *page)
+{
+	return page_ref_dec_and_test(page);
+}
+
+void pmem_helper_page_ref_inc(struct page *page)
+{
+	page_ref_inc(page);
+}
+
+void pmem_helper_set_page_private(struct page *page, unsigned long private)
+{
+	set_page_private(page, private);
+}
+
+unsigned long pmem_helper_page_private(const struct page *page)
+{
+	return page_private(page);
+}
+
+struct page *pmem_helper_alloc_page_node(int nid, gfp_t gfp)
+{
+	return alloc_pages_node(nid, gfp, 0);
+}
+
+void pmem_helper_free_page(struct page *page)
+{
+	__free_page(page);
+}
+
+int pmem_helper_alloc_contig_range(unsigned long start, unsigned long end, gfp_t gfp)
+{
+	return alloc_contig_range(start, end, ACR_FLAGS_NONE, gfp);
+}
+
+static bool page_is_anonymous(struct page *page)
+{
+	struct folio *folio;
+
+	if (!PageLRU(page))
+		return false;
+	folio = page_folio(page);
+	return folio_test_anon(folio) && !folio_test_swapcache(folio) &&
+	       !folio_test_writeback(folio);
+}
+
+/* In the page allocator's lists, or in those of a CPU, which alloc_contig_range() drains. */
+static bool page_is_free(struct page *page)
+{
+	return PageBuddy(page) ||
+	       (!page_ref_count(page) && !PageCompound(page) && !page_has_type(page));
+}
+
+/* Looks without a reference or lock: what it sees is a hint. */
+unsigned long pmem_helper_next_pages(unsigned long start, unsigned long end, bool free,
+				     unsigned long *count)
+{
+	bool (*match)(struct page *page) = free ? page_is_free : page_is_anonymous;
+	unsigned long pfn, stop;
+
+	*count = 0;
+	for (pfn = start; pfn < end && !match(pfn_to_page(pfn)); pfn++)
+		if (!(pfn % pageblock_nr_pages))
+			cond_resched();
+	if (pfn >= end)
+		return end;
+	stop = min(end, pageblock_end_pfn(pfn));
+	while (pfn + *count < stop && match(pfn_to_page(pfn + *count)))
+		++*count;
+	return pfn;
 }

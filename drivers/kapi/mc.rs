@@ -30,3 +30,23 @@ pub(crate) fn copy(to: VolatileSlice<'_>, from: VolatileSlice<'_>) -> Result {
         Err(EIO)
     }
 }
+
+/// Copies the beginning of `from`, which may have bad memory in it, to all of `buf`.
+///
+/// # Errors
+///
+/// As for [`copy`].
+pub(crate) fn read(from: VolatileSlice<'_>, buf: &mut [u8]) -> Result {
+    let (from, _) = from.split_at(buf.len()).ok_or(EINVAL)?;
+    // SAFETY: The bytes of `buf` are ours alone until the copy is done.
+    let buf = unsafe { VolatileSlice::new(buf.as_mut_ptr(), buf.len()) };
+    copy(buf, from)
+}
+
+/// Zeroes `to`, through the cache: it is memory that somebody reads next.
+#[inline]
+pub(crate) fn zero(to: VolatileSlice<'_>) {
+    // SAFETY: By the invariants of `VolatileSlice`. `memset()` is assembly or C that the kernel
+    // compiles as such, to which an access of others at the same time is only a race.
+    unsafe { bindings::memset(to.as_ptr().cast(), 0, to.len()) };
+}

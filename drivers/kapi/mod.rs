@@ -5,16 +5,22 @@
 //! The only home of FFI in the driver. Nothing here knows what pmem is: each file could become a
 //! file of `rust/kernel/`.
 
+pub(crate) mod attribute;
 mod bindings;
 pub(crate) mod bio;
 pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod dax;
+#[cfg(PMEM_DAX_BUS)]
+pub(crate) mod daxbus;
 pub(crate) mod disk;
+pub(crate) mod hotplug;
 #[cfg(CONFIG_KUNIT = "y")]
 pub(crate) mod kunit;
 pub(crate) mod mc;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
 pub(crate) mod param;
+pub(crate) mod random;
 pub(crate) mod region;
+pub(crate) mod workqueue;

@@ -18,6 +18,21 @@ impl Node {
         Node(unsafe { bindings::pmem_helper_phys_to_online_node(start) })
     }
 
+    /// Returns the node that memory at the physical address `start` would belong to, which may be
+    /// offline, or nothing if firmware named none.
+    pub(crate) fn target_of_phys(start: u64) -> Option<Self> {
+        // SAFETY: Reads the tables that firmware described the machine with; any address will do.
+        let node = unsafe { bindings::phys_to_target_node(start) };
+        // SAFETY: Reads a bitmap, for numbers that it has.
+        unsafe { bindings::pmem_helper_node_possible(node) }.then_some(Node(node))
+    }
+
+    /// The pages of memory that it has.
+    pub(crate) fn present_pages(self) -> u64 {
+        // SAFETY: Reads a counter of a node that is possible, or gives 0.
+        unsafe { bindings::pmem_helper_node_present_pages(self.0) as u64 }
+    }
+
     /// The number that C uses: -1 is `NUMA_NO_NODE`.
     pub(crate) fn id(self) -> i32 {
         self.0

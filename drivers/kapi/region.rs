@@ -5,7 +5,10 @@
 //! C header: [`include/linux/ioport.h`](srctree/include/linux/ioport.h)
 
 use super::bindings;
-use core::ptr::addr_of_mut;
+use core::ptr::{
+    addr_of_mut,
+    NonNull, //
+};
 use kernel::prelude::*;
 
 /// Returns whether any byte of the `size` bytes at `start` is System RAM.
@@ -36,11 +39,18 @@ pub(crate) fn mappable() -> (u64, u64) {
 ///
 /// # Invariants
 ///
-/// The range is a busy resource, requested by `new()` and not released.
+/// The range is `resource`, requested by `new()` and not released. It is busy, or open for memory.
 pub(crate) struct Region {
+    resource: NonNull<bindings::resource>,
     start: u64,
     size: u64,
 }
+
+// SAFETY: The resource is in a tree with a lock of its own, and stays there until `drop()`.
+unsafe impl Send for Region {}
+
+// SAFETY: As for `Send`.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// Claims the `size` bytes at `start` under `name`.
@@ -60,11 +70,25 @@ impl Region {
                 0,
             )
         };
-        if resource.is_null() {
-            return Err(EBUSY);
-        }
         // INVARIANT: The request was granted.
-        Ok(Region { start, size })
+        Ok(Region {
+            resource: NonNull::new(resource).ok_or(EBUSY)?,
+            start,
+            size,
+        })
+    }
+
+    /// Lets System RAM be a part of the range, which nobody else can claim all the same; or, when
+    /// it is gone, no more.
+    pub(super) fn open_for_memory(&self, open: bool) {
+        let flags = if open {
+            // Without the flags of the parent, which mean something else there.
+            bindings::IORESOURCE_SYSTEM_RAM
+        } else {
+            bindings::IORESOURCE_MEM | bindings::IORESOURCE_BUSY
+        };
+        // SAFETY: By the type invariant. Who walks the tree meanwhile sees one or the other.
+        unsafe { (*self.resource.as_ptr()).flags = flags as c_ulong };
     }
 
     /// Address of the first byte.

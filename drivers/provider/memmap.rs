@@ -11,7 +11,10 @@ use crate::{
     kapi::{
         config,
         cpu,
-        disk::Disk,
+        disk::{
+            self,
+            Disk, //
+        },
         param::string_params,
         region::{
             self,
@@ -58,19 +61,20 @@ string_params! {
 /// The disks of all ranges.
 pub(crate) type Disks = KVec<Disk<PmemDevice>>;
 
+/// Disks that are complete, and that nobody sees yet.
+pub(crate) struct Prepared(KVec<(u32, PhysRange, disk::Prepared<PmemDevice>)>);
+
 /// Makes disks of the ranges that the parameters name: of all of them, or of none.
-///
-/// The exception is a disk, not the first, that can be made but not added: it is left out.
 ///
 /// # Errors
 ///
 /// Each is logged.
 ///
 /// - `EINVAL`: a parameter is wrong.
-/// - `EBUSY`: a range is System RAM, or claimed by another driver, or the name of a disk is taken.
+/// - `EBUSY`: a range is System RAM, or claimed by another driver.
 /// - `ENXIO`: a range is beyond what the CPU can map.
 /// - `ENOMEM`.
-pub(crate) fn probe() -> Result<Disks> {
+pub(crate) fn prepare() -> Result<Prepared> {
     let config = match Config::new(Params {
         start: text("pmem_start", PMEM_START.get())?,
         size: text("pmem_size", PMEM_SIZE.get())?,
@@ -79,8 +83,7 @@ pub(crate) fn probe() -> Result<Disks> {
         first: text("pmem_first", PMEM_FIRST.get())?,
     }) {
         Ok(config) => config,
-        // Who loads the module wants disks; who has it built in may not.
-        Err(memmap::Error::NoRange) if !cfg!(MODULE) => return Ok(KVec::new()),
+        Err(memmap::Error::NoRange) => return Ok(Prepared(KVec::new())),
         Err(error) => {
             pr_err!("{}\n", error);
             return Err(EINVAL);
@@ -118,24 +121,45 @@ pub(crate) fn probe() -> Result<Disks> {
         }
     }
 
-    // With the first disk that is added it is too late to fail: see `Prepared::add()`.
-    let mut disks = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
-    for (number, part, disk) in prepared {
-        match disk.add() {
-            Ok(disk) => {
-                disk.data().announce(fmt!("pmem{}", number), part);
-                // There is room for all of them.
-                let _ = disks.push_within_capacity(disk);
-            }
-            Err(error) => {
-                let error = explain(error, number, part);
-                if disks.is_empty() {
-                    return Err(error);
+    Ok(Prepared(prepared))
+}
+
+impl Prepared {
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Shows the disks to users.
+    ///
+    /// With the first one it is too late to fail, see [`disk::Prepared::add`]: one that cannot be
+    /// added after that is left out, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Those of the first disk, which is logged.
+    ///
+    /// - `EBUSY`: its name is taken.
+    /// - `ENOMEM`.
+    pub(crate) fn add(self) -> Result<Disks> {
+        let mut disks = KVec::with_capacity(self.0.len(), GFP_KERNEL)?;
+        for (number, part, disk) in self.0 {
+            match disk.add() {
+                Ok(disk) => {
+                    disk.data().announce(fmt!("pmem{}", number), part);
+                    // There is room for all of them.
+                    let _ = disks.push_within_capacity(disk);
+                }
+                Err(error) => {
+                    let error = explain(error, number, part);
+                    if disks.is_empty() {
+                        return Err(error);
+                    }
                 }
             }
         }
+        Ok(disks)
     }
-    Ok(disks)
 }
 
 fn text<'a>(param: &str, value: Result<&'a str>) -> Result<&'a str> {

@@ -264,9 +264,14 @@ impl Suite<'_> {
     /// Loads the module in a kernel with KUnit, and has the log read by the kernel's own parser.
     fn kunit(&self, tally: &mut Tally) -> Result<()> {
         let setup = Setup::new(Flavour::Test, &self.progress)?;
-        let mut vm = setup.vm(&self.progress).name("kunit").start()?;
+        let mut vm = setup
+            .vm(&self.progress)
+            .name("kunit")
+            .cmdline("memhp_default_state=online_movable")
+            .start()?;
         vm.keep_console();
-        let parameters = "pmem_start=4G pmem_size=64M pmem_kunit_start=0x110000000";
+        let parameters = "pmem_start=4G pmem_size=64M pmem_kunit_start=0x110000000 \
+                          kmem_kunit_start=0x120000000";
         vm.insmod(PMEM_KO, parameters)?
             .context("the module does not load")?;
         let log = exec::log_path("kunit-dmesg")?;

@@ -373,6 +373,34 @@ fn modinfo_tells_all() -> Result<()> {
             "parm:           pmem_first:",
             &["/dev/pmemN", "Default: 0", "Example: 1", "(charp)"],
         ),
+        (
+            "parm:           kmem_start:",
+            &["address", "RAM and storage", "Example: 4G", "(charp)"],
+        ),
+        (
+            "parm:           kmem_size:",
+            &["unit", "Example: 2GiB", "(charp)"],
+        ),
+        (
+            "parm:           kmem_format:",
+            &["none", "blk", "/dev/kmem", "Example: blk", "(charp)"],
+        ),
+        (
+            "parm:           kmem_format_force:",
+            &["lose", "0 or 1", "Default: 0", "(charp)"],
+        ),
+        (
+            "parm:           kmem_atomic:",
+            &["power loss", "0 or 1", "Default: 1", "(charp)"],
+        ),
+        (
+            "parm:           kmem_scrub:",
+            &["Zero", "0 or 1", "Default: 0", "(charp)"],
+        ),
+        (
+            "parm:           kmem_dax:",
+            &["device-dax", "0 or 1", "Default: 0", "(charp)"],
+        ),
     ] {
         let line = text
             .lines()
@@ -386,7 +414,7 @@ fn modinfo_tells_all() -> Result<()> {
         text.lines()
             .filter(|line| line.starts_with("parm:"))
             .count(),
-        5,
+        12,
         "{text}"
     );
     Ok(())
