@@ -238,7 +238,9 @@ fn flags_are_as_the_kernel_reads_them() {
     };
     assert_eq!(config("kmem_start=4G kmem_size=2G"), (false, true, false));
     for on in ["1", "y", "Y", "yes", "Yes", "on", "ON"] {
-        let line = format!("kmem_start=4G kmem_size=2G kmem_format_force={on} kmem_scrub={on}");
+        let line = format!(
+            "kmem_start=4G kmem_size=2G kmem_format=blk kmem_format_force={on} kmem_scrub={on}"
+        );
         assert_eq!(config(&line), (true, true, true), "{line}");
     }
     for off in ["0", "n", "N", "no", "NO", "off", "Off"] {

@@ -692,6 +692,12 @@ impl Memory {
         Some(unsafe { VolatileSlice::new(inner.base, (inner.pages << PAGE_SHIFT) as usize) })
     }
 
+    /// Whether it is in `ZONE_MOVABLE`, at least a part of it.
+    pub(crate) fn is_movable(&self) -> bool {
+        self.inner()
+            .is_some_and(|inner| inner.movable.load(Relaxed))
+    }
+
     /// How many pages are not held.
     pub(crate) fn released(&self) -> u64 {
         self.inner().map_or(0, |inner| {

@@ -355,6 +355,11 @@ impl Range {
     /// Adds a range to the system's memory whose contents are in order.
     fn add(&self, memory: &mut Memory, force: bool) -> Result<(Superblock, Contents)> {
         check_node(memory.node())?;
+        // Before anything is written.
+        if !hotplug::goes_online() {
+            self.explain(EAGAIN);
+            return Err(EAGAIN);
+        }
         let window = Window::new(memory).inspect_err(|error| {
             pr_err!(
                 "{}: cannot be mapped to read it ({:?})\n",
@@ -414,7 +419,7 @@ impl Range {
                     pr_warn!("{}: {}: {}; the other one counts\n", name, place, repair);
                 }
                 if found.superblock.state == State::InUse {
-                    pr_info!("{}: it was not unplugged when the power was lost\n", name);
+                    pr_info!("{}: it was in use when the machine stopped\n", name);
                 }
                 return Ok((found.superblock, found.repair.map(|(place, _)| place)));
             }
@@ -480,6 +485,7 @@ impl Range {
         let (start, size) = (region.start(), region.size());
         let released = memory.released();
         let read_only = contents.faults.is_some();
+        let movable = memory.is_movable();
         let format: &dyn Format = super::format(superblock.format())?;
         match format.start(&self.setting, memory, superblock.layout, contents) {
             Ok(instance) => {
@@ -497,6 +503,12 @@ impl Range {
                     },
                     self.setting.shared.persist.name()
                 );
+                if !movable {
+                    pr_info!(
+                        "{}: its memory is not for movable pages alone: what else the kernel keeps there can keep it from going offline; online_movable in /sys/devices/system/memory/auto_online_blocks, before the range is online, prevents that\n",
+                        self.name()
+                    );
+                }
                 state.running = Some(Running {
                     instance,
                     superblock,

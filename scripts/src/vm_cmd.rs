@@ -86,8 +86,11 @@ pub fn run(args: &Args) -> Result<()> {
     ));
     if setup.module.is_some() {
         progress.line(&format!(
-            "Try: insmod {PMEM_KO} pmem_start=4G pmem_size={}MiB && lsblk && dmesg | tail\n",
-            args.memory.min(2 * GIB) / MIB
+            "Try: insmod {PMEM_KO} pmem_start=4G pmem_size={}MiB && lsblk && dmesg | tail\n\
+             or:  insmod {PMEM_KO} kmem_start=4G kmem_size={}MiB kmem_format=blk && lsblk && numastat -m\n",
+            args.memory.min(2 * GIB) / MIB,
+            // Whole memory blocks.
+            (args.memory / MIB) & !127
         ));
     }
     vm.shell()

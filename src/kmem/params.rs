@@ -70,6 +70,8 @@ pub enum Error<'a> {
         /// How many ranges `kmem_start` gives.
         ranges: usize,
     },
+    /// Data may be lost for a format, but none is given.
+    Force,
     /// A range has no bytes.
     Empty {
         /// Element of `kmem_start`.
@@ -115,6 +117,11 @@ impl fmt::Display for Error<'_> {
                 f,
                 "{param} has {elements} element(s), but kmem_start gives {ranges} range(s); \
                  write one for each, separated by commas"
+            ),
+            Self::Force => write!(
+                f,
+                "kmem_format_force=1 without a kmem_format; write kmem_format=none or \
+                 kmem_format=blk to lose what is on the ranges, or leave it out"
             ),
             Self::Empty { start, size } => write!(
                 f,
@@ -197,8 +204,12 @@ impl<'a> Config<'a> {
         let atomic = flag("kmem_atomic", params.atomic)?;
         let scrub = flag("kmem_scrub", params.scrub)?;
         let dax = flag("kmem_dax", params.dax)?;
+        let mut is_given = false;
         for name in size::list(params.format) {
-            format(name)?;
+            is_given |= format(name)?.is_some();
+        }
+        if force && !is_given {
+            return Err(Error::Force);
         }
 
         let nothing = is_nothing(&params);
@@ -446,6 +457,15 @@ mod tests {
                 ..
             })
         ));
+        let force = Params { force: "1", ..GOOD };
+        assert_eq!(fault(force), Some(Error::Force));
+        assert_eq!(
+            fault(Params {
+                format: "blk",
+                ..force
+            }),
+            None
+        );
         assert!(matches!(
             fault(Params { size: "2G", ..TWO }),
             Some(Error::Length {
