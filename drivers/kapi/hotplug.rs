@@ -661,6 +661,8 @@ pub(crate) enum Effort {
     NoWait,
     /// Reclaims memory once, if it needs no I/O.
     Reclaim,
+    /// Takes one that is free, and be it kept for emergencies.
+    Reserves,
 }
 
 /// Pages that can be taken without I/O.
@@ -726,12 +728,19 @@ impl Memory {
     /// allocator can be asked for pages of a node alone, and gives up early if so told.
     pub(crate) fn alloc(&self, effort: Effort) -> Option<Page> {
         let inner = self.inner()?;
-        let mut gfp = bindings::PMEM_CONST___GFP_THISNODE
-            | bindings::PMEM_CONST___GFP_NOWARN
-            | bindings::PMEM_CONST___GFP_NOMEMALLOC;
+        let mut gfp = bindings::PMEM_CONST___GFP_THISNODE | bindings::PMEM_CONST___GFP_NOWARN;
         gfp |= match effort {
-            Effort::NoWait => bindings::PMEM_CONST_GFP_NOWAIT,
-            Effort::Reclaim => bindings::PMEM_CONST_GFP_NOIO | bindings::PMEM_CONST___GFP_NORETRY,
+            Effort::NoWait => {
+                bindings::PMEM_CONST_GFP_NOWAIT | bindings::PMEM_CONST___GFP_NOMEMALLOC
+            }
+            Effort::Reclaim => {
+                bindings::PMEM_CONST_GFP_NOIO
+                    | bindings::PMEM_CONST___GFP_NORETRY
+                    | bindings::PMEM_CONST___GFP_NOMEMALLOC
+            }
+            Effort::Reserves => {
+                bindings::PMEM_CONST_GFP_NOWAIT | bindings::PMEM_CONST___GFP_MEMALLOC
+            }
         };
         if inner.movable.load(Relaxed) {
             // Held pages do not move, but do not keep their memory block from going offline.

@@ -66,8 +66,9 @@ use kernel::{
 /// How long a write waits between two looks for a page.
 const PAUSE: Delta = Delta::from_millis(1);
 
-/// How long it waits after the last page that anybody got or gave back, in milliseconds.
-const PATIENCE: i64 = 1000;
+/// How long it waits after the last page that anybody got or gave back, in milliseconds: some more
+/// than it takes CPUs to empty their lists of free pages of a node that is not theirs.
+const PATIENCE: i64 = 4000;
 
 /// How often it looks, at most: half a minute in all.
 const LOOKS: u32 = 30_000;
@@ -351,10 +352,15 @@ impl WorkItem for Pool {
     fn run(this: Arc<Self>) {
         // Not what CPUs have: it is not for who writes a new block.
         while (this.stack.lock().len() as i64) < this.spare {
-            if let Some(page) = this.memory.alloc(Effort::Reclaim) {
+            let page = this.memory.alloc(Effort::Reclaim);
+            if page.is_none() && this.gather(Kind::Process) {
+                continue;
+            }
+            if let Some(page) = page.or_else(|| this.memory.alloc(Effort::Reserves)) {
                 this.push(page, 1);
                 this.note_progress();
-            } else if !this.gather(Kind::Process) && !this.gather(Kind::Free) {
+            } else if !this.gather(Kind::Free) {
+                // What is left may be in lists of CPUs, which they empty now and then.
                 this.in_vain.add(1, Relaxed);
                 return;
             }
