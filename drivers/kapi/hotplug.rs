@@ -764,7 +764,8 @@ impl Memory {
     ///
     /// It may not be true any more when this returns.
     pub(crate) fn next(&self, from: Page, kind: Kind) -> Option<(Page, u64)> {
-        let inner = self.inner()?;
+        // What is not online has struct pages that mean nothing.
+        let inner = self.inner().filter(|inner| !inner.is_partial())?;
         let end = inner.first.wrapping_add(inner.pages);
         let mut count = 0;
         // SAFETY: The struct pages of the range are there as long as the memory is, which is as
@@ -788,7 +789,7 @@ impl Memory {
     /// None is taken then.
     ///
     /// - `EINVAL`: not a part of the range.
-    /// - `EBUSY`: one of them cannot be moved.
+    /// - `EBUSY`: one of them cannot be moved, or not all of the range is online.
     /// - `ENOMEM`: there is no room elsewhere.
     pub(crate) fn take(&self, first: Page, count: u64, may_do_io: bool) -> Result {
         let inner = self.inner().ok_or(EINVAL)?;
@@ -796,6 +797,9 @@ impl Memory {
         let end = end.ok_or(EINVAL)?;
         if count == 0 {
             return Ok(());
+        }
+        if inner.is_partial() {
+            return Err(EBUSY);
         }
         let gfp = bindings::PMEM_CONST___GFP_NOWARN
             | bindings::PMEM_CONST___GFP_RETRY_MAYFAIL
