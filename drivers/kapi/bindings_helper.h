@@ -11,6 +11,7 @@
 #include <linux/dax.h>
 #include <linux/io.h>
 #include <linux/memory.h>
+#include <linux/memory-tiers.h>
 #ifdef PMEM_DAX_BUS
 #include <dax-private.h>
 #include <bus.h>
@@ -53,6 +54,7 @@ PMEM_CONST(gfp_t, __GFP_NOWARN);
 PMEM_CONST(gfp_t, __GFP_RETRY_MAYFAIL);
 PMEM_CONST(gfp_t, __GFP_THISNODE);
 
+PMEM_CONST(int, MEMTIER_ADISTANCE_DRAM);
 PMEM_CONST(mhp_t, MHP_NID_IS_MGID);
 PMEM_CONST(unsigned long, MEMREMAP_WB);
 PMEM_CONST(unsigned int, MAX_PAGE_ORDER);

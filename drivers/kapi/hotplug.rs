@@ -24,7 +24,8 @@
 use super::{
     bindings,
     numa::Node,
-    region::Region, //
+    region::Region,
+    tier::Slow, //
 };
 use crate::pmem_core::{
     kmem::{
@@ -147,7 +148,8 @@ pub(crate) struct Memory {
     plugged: Option<Plugged>,
     node: Node,
     name: &'static CStr,
-    // Both go when the memory has gone, the group first.
+    // All of these go when the memory has gone, in this order.
+    tier: ManuallyDrop<Slow>,
     group: ManuallyDrop<Group>,
     region: ManuallyDrop<Region>,
 }
@@ -175,12 +177,14 @@ impl Memory {
         if group < 0 {
             return Err(Error::from_errno(group));
         }
+        // INVARIANT: Just registered.
+        let group = Group(group);
         Ok(Memory {
             plugged: None,
             node,
             name,
-            // INVARIANT: Just registered.
-            group: ManuallyDrop::new(Group(group)),
+            tier: ManuallyDrop::new(Slow::new(node)?),
+            group: ManuallyDrop::new(group),
             region: ManuallyDrop::new(region),
         })
     }
@@ -855,6 +859,7 @@ impl Drop for Memory {
         }
         // SAFETY: Each is dropped once, here.
         unsafe {
+            ManuallyDrop::drop(&mut self.tier);
             ManuallyDrop::drop(&mut self.group);
             ManuallyDrop::drop(&mut self.region);
         }

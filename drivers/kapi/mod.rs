@@ -23,4 +23,5 @@ pub(crate) mod pagemap;
 pub(crate) mod param;
 pub(crate) mod random;
 pub(crate) mod region;
+pub(crate) mod tier;
 pub(crate) mod workqueue;
