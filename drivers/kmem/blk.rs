@@ -359,6 +359,12 @@ impl BlkDisk {
                         }
                         done = done.wrapping_add(piece.len() as u64);
                     }
+                    // A bio has all of its bytes. If not, what was in the page is not for the disk.
+                    if let Some(rest) = page.range(done, PAGE_SIZE.saturating_sub(done)) {
+                        if !rest.is_empty() {
+                            persist.write_zeroes(rest);
+                        }
+                    }
                 },
             )
             .map_err(status)
