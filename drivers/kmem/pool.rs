@@ -329,10 +329,15 @@ impl Pool {
                 Some((first, count)) => {
                     let count = count.min(GATHER);
                     *cursor = Page(first.0.wrapping_add(count));
-                    if self.memory.take(first, count, false).is_ok() {
-                        self.push(first, count);
-                        self.note_progress();
-                        return true;
+                    match self.memory.take(first, count, false) {
+                        Ok(()) => {
+                            self.push(first, count);
+                            self.note_progress();
+                            return true;
+                        }
+                        // There is no room elsewhere, for the next ones neither.
+                        Err(error) if error == ENOMEM => return false,
+                        Err(_) => {}
                     }
                 }
                 None if wrapped => return false,
