@@ -3,11 +3,14 @@
 //! The guest's side of `cargo xtask`, one static binary.
 //!
 //! As `/init` it is process 1 of a virtual machine and does what the host asks over a virtio port. Under
-//! its own name it is a few small programs that need what no shell has: shared mappings of DAX files.
+//! its own name it is a few small programs that need what no shell has: shared mappings of DAX files, writers that know
+//! what a power loss may leave, users of memory.
 
 mod agent;
+mod aligned;
 mod mapping;
 mod programs;
+mod writers;
 
 use std::process::ExitCode;
 

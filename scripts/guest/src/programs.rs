@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Small programs with shared mappings of DAX files.
+//! Small programs: shared mappings of DAX files, and users of memory.
 
 use std::fs::{File, OpenOptions};
 use std::hint::black_box;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
+use crate::aligned::Aligned;
 use crate::mapping::Mapping;
+use crate::writers;
 
 const USAGE: &str = "\
 usage: pmem-guest PROGRAM ...
@@ -24,6 +27,18 @@ usage: pmem-guest PROGRAM ...
   odirect-from-dax FROM TO BYTES    write FROM's mapping to TO with O_DIRECT
   bench-mmap FILE BYTES read|write SECONDS
                                     random 4 KiB accesses through a mapping, as JSON
+  hog BYTES WORD UNTIL              take memory, store WORD everywhere in it, keep it until the file UNTIL is there,
+                                    and look whether the WORDs are, too
+  compare FILE DISK BYTES           compare the first BYTES of both
+  blocks-begin LOG                  say in LOG that blocks are zero
+  blocks-write DISK LOG COUNT THREADS SEED
+                                    write and discard COUNT blocks until killed, and say so in LOG
+  blocks-check DISK LOG COUNT       after a power loss, compare them with LOG
+  blocks-race DISK COUNT SECONDS    write, discard and read COUNT blocks on many threads, and look what is read
+  files-write DIR LOG SEED          write, sync and remove files until killed, and say so in LOG
+  files-check DIR LOG               after a power loss, compare them with LOG
+  differing FILE DISK BLOCKS        print the numbers of blocks that are not the same in both, or cannot be read
+  census DISK WORD                  count pages that are zero, have a WORD, or neither, as JSON
 ";
 
 const PAGE: usize = 4096;
@@ -62,6 +77,28 @@ pub fn run(args: &[String]) -> io::Result<()> {
             *op == "write",
             Duration::from_secs(number(seconds)? as u64),
         ),
+        ["hog", len, word, until] => hog(number(len)?, number(word)? as u64, until),
+        ["compare", file, disk, len] => compare(file, disk, number(len)?),
+        ["blocks-begin", log] => writers::blocks_begin(log),
+        ["blocks-write", disk, log, count, threads, seed] => writers::blocks_write(
+            disk,
+            log,
+            number(count)? as u64,
+            number(threads)? as u64,
+            number(seed)? as u64,
+        ),
+        ["blocks-check", disk, log, count] => {
+            writers::blocks_check(disk, log, number(count)? as u64)
+        }
+        ["blocks-race", disk, count, seconds] => writers::blocks_race(
+            disk,
+            number(count)? as u64,
+            Duration::from_secs(number(seconds)? as u64),
+        ),
+        ["files-write", dir, log, seed] => writers::files_write(dir, log, number(seed)? as u64),
+        ["files-check", dir, log] => writers::files_check(dir, log),
+        ["differing", file, disk, blocks] => differing(file, disk, number(blocks)?),
+        ["census", disk, word] => census(disk, number(word)? as u64),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             Ok(())
@@ -76,22 +113,22 @@ fn number(text: &str) -> io::Result<usize> {
 }
 
 /// Xorshift: the same bytes for the same seed, here and on the host.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
-    fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         // A state of 0 would stay 0.
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn bytes(mut self, to: &mut [u8]) {
+    pub fn bytes(mut self, to: &mut [u8]) {
         for word in to.chunks_mut(8) {
             word.copy_from_slice(&self.next().to_le_bytes()[..word.len()]);
         }
@@ -219,6 +256,104 @@ fn bench(path: &str, len: usize, write: bool, time: Duration) -> io::Result<()> 
         "{}",
         json!({ "ops": ops, "seconds": start.elapsed().as_secs_f64() })
     );
+    Ok(())
+}
+
+/// Takes memory, and is the first to go when there is none.
+fn hog(len: usize, word: u64, until: &str) -> io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", "1000")?;
+    let mut taken = Vec::new();
+    for _ in 0..len / HUGE {
+        taken.push(black_box(vec![word; HUGE / size_of::<u64>()]));
+    }
+    println!("ready");
+    while !Path::new(until).exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let wrong = taken.iter().flatten().filter(|&&found| found != word);
+    match wrong.count() {
+        0 => Ok(()),
+        wrong => Err(io::Error::other(format!("{wrong} words have changed"))),
+    }
+}
+
+/// Reads a disk from its start, past the page cache.
+fn read_disk(path: &str, mut with: impl FnMut(&[u8]) -> io::Result<bool>) -> io::Result<()> {
+    let disk = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits() as i32)
+        .open(path)?;
+    let mut buffer = Aligned::new(1 << 20);
+    let mut at = 0;
+    loop {
+        let len = disk.read_at(buffer.bytes_mut(), at)?;
+        if len == 0 || !with(&buffer.bytes()[..len])? {
+            return Ok(());
+        }
+        at += len as u64;
+    }
+}
+
+fn compare(file: &str, disk: &str, len: usize) -> io::Result<()> {
+    let mut file = File::open(file)?;
+    let mut wanted = vec![0; 1 << 20];
+    let mut left = len;
+    let mut at = 0;
+    read_disk(disk, |data| {
+        let n = data.len().min(left);
+        file.read_exact(&mut wanted[..n])?;
+        if data[..n] != wanted[..n] {
+            let differs = data.iter().zip(&wanted).position(|(a, b)| a != b);
+            return Err(io::Error::other(format!(
+                "they differ at {}",
+                at + differs.unwrap_or(0)
+            )));
+        }
+        (at, left) = (at + n, left - n);
+        Ok(left > 0)
+    })?;
+    match left {
+        0 => Ok(()),
+        left => Err(io::Error::other(format!(
+            "the disk ends {left} bytes before"
+        ))),
+    }
+}
+
+fn differing(file: &str, disk: &str, blocks: usize) -> io::Result<()> {
+    let file = File::open(file)?;
+    let disk = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits() as i32)
+        .open(disk)?;
+    let (mut wanted, mut found) = (vec![0; PAGE], Aligned::new(PAGE));
+    for block in 0..blocks {
+        let at = (block * PAGE) as u64;
+        file.read_exact_at(&mut wanted, at)?;
+        if disk.read_exact_at(found.bytes_mut(), at).is_err() || found.bytes() != wanted {
+            println!("{block}");
+        }
+    }
+    Ok(())
+}
+
+/// What each page of a disk has in it.
+fn census(disk: &str, word: u64) -> io::Result<()> {
+    let word = word.to_ne_bytes();
+    let (mut zero, mut found, mut other) = (0u64, 0u64, 0u64);
+    read_disk(disk, |data| {
+        for page in data.chunks(PAGE) {
+            if page.iter().all(|&byte| byte == 0) {
+                zero += 1;
+            } else if page.chunks_exact(word.len()).any(|chunk| chunk == word) {
+                found += 1;
+            } else {
+                other += 1;
+            }
+        }
+        Ok(true)
+    })?;
+    println!("{}", json!({ "zero": zero, "word": found, "other": other }));
     Ok(())
 }
 

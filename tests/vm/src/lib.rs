@@ -8,6 +8,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod pmemctl;
+
 use anyhow::{ensure, Context, Error, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -200,7 +202,7 @@ const LOOKS: &[(&str, &str)] = &[
     ),
     (
         "/sys",
-        "find /sys/block /sys/class /sys/module /sys/devices/virtual -maxdepth 3 | sort",
+        "find /sys/block /sys/class /sys/module /sys/devices/virtual /sys/devices/faux /sys/devices/system -maxdepth 3 | sort",
     ),
     (
         "/sys/kernel/debug",

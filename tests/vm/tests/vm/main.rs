@@ -7,6 +7,7 @@ mod dax;
 mod disks;
 mod filesystems;
 mod io;
+mod kmem;
 mod lifecycle;
 mod params;
 mod power;
