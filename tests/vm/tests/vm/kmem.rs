@@ -5,6 +5,7 @@
 mod concurrency;
 mod contents;
 mod corruption;
+mod instances;
 mod limits;
 mod memory;
 mod power;
