@@ -3,38 +3,50 @@
 //! `cargo xtask bench`: the driver beside the kernel's own.
 
 pub mod fio;
+mod kmem;
+mod pmem;
+pub mod table;
 
-use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::root::Root;
-use crate::vm::{Accelerator, Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
+use crate::vm::{Accelerator, Builder, Setup, Vm};
 use crate::{exec, repo};
 use anyhow::{bail, ensure, Context, Result};
-use fio::Measured;
 use serde::Deserialize;
-use std::fmt::Write as _;
 use std::process::Command;
 use std::time::Duration;
+use table::Row;
 
-/// Of each disk.
-const SIZE: u64 = 512 * MIB;
+/// How long a measurement takes by the guest's clock when that counts instructions. There is little that the result
+/// varies with, so that it need not be long.
+const COUNTED: Duration = Duration::from_millis(500);
+
+/// How long such a machine may take to boot: its one CPU runs far less than an instruction a nanosecond.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// Measure, side by side with the kernel's own drivers.
 ///
-/// Boots one VM in which pmem, nd_pmem and brd have a disk each of the same size, and takes turns. Nothing is
-/// asserted. An emulated machine counts instructions rather than times them: it tells how much work a driver makes
-/// of a request, not how fast memory is. For that there is --native.
+/// Boots a VM for each table, in which the driver and what it is compared with take turns. Nothing is asserted. The
+/// speed of an emulated machine is not that of memory, but of the work that a driver makes of a request; with
+/// --instructions it is counted. How fast memory is, --native tells.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Measure the copying core on this machine's memory instead, without a VM: pmem-core's benchmark.
-    #[arg(long, conflicts_with_all = ["seconds", "rounds", "only"])]
+    #[arg(long, conflicts_with_all = ["table", "instructions", "seconds", "rounds", "only"])]
     native: bool,
+    /// Only this table; may be given again.
+    #[arg(long, value_enum, value_name = "TABLE")]
+    table: Vec<Which>,
+    /// Count instructions, not time: emulate a machine of one CPU whose clock counts them. The same each time, but for
+    /// a part in a hundred.
+    #[arg(long, conflicts_with = "seconds")]
+    instructions: bool,
     /// Seconds of each measurement.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// How often the drivers take turns in each row.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
+    /// How often the sides of a row take turns [default: 2, or 1 with --instructions]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
     /// Only the rows whose title contains this.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -43,111 +55,79 @@ pub struct Args {
     arguments: Vec<String>,
 }
 
-/// What a row's numbers are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
-    /// Thousands of operations a second, and of those a CPU second.
-    Operations,
-    /// GB a second.
-    Bandwidth,
+/// The tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Which {
+    /// Disks of ranges that are storage alone, beside nd_pmem and brd.
+    Pmem,
+    /// A range that is RAM and storage at once, beside dax/kmem and brd.
+    Kmem,
 }
 
-/// What to measure.
-#[derive(Debug, Clone, Copy)]
-enum Work {
-    /// A fio job on the disk.
-    Fio(&'static str),
-    /// `pmem-guest bench-mmap` on a file, `read` or `write`.
-    Mmap(&'static str),
+/// How to measure.
+struct Plan {
+    /// For how long, where that can be chosen.
+    time: Duration,
+    rounds: u32,
+    /// Whether instructions are counted.
+    counted: bool,
+    /// What titles of rows contain.
+    only: String,
 }
 
-const ROWS: &[(&str, Unit, Work)] = &[
-    (
-        "4 KiB random read, psync",
-        Unit::Operations,
-        Work::Fio("--rw=randread --bs=4k --ioengine=psync"),
-    ),
-    (
-        "4 KiB random write, psync",
-        Unit::Operations,
-        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync"),
-    ),
-    (
-        "4 KiB random read, io_uring depth 1",
-        Unit::Operations,
-        Work::Fio("--rw=randread --bs=4k --ioengine=io_uring --iodepth=1"),
-    ),
-    (
-        "4 KiB random write, io_uring depth 1",
-        Unit::Operations,
-        Work::Fio("--rw=randwrite --bs=4k --ioengine=io_uring --iodepth=1"),
-    ),
-    (
-        "4 KiB random read, io_uring depth 32",
-        Unit::Operations,
-        Work::Fio("--rw=randread --bs=4k --ioengine=io_uring --iodepth=32"),
-    ),
-    (
-        "4 KiB random write, io_uring depth 32",
-        Unit::Operations,
-        Work::Fio("--rw=randwrite --bs=4k --ioengine=io_uring --iodepth=32"),
-    ),
-    (
-        "4 KiB random write, O_DSYNC",
-        Unit::Operations,
-        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync --sync=dsync"),
-    ),
-    (
-        "4 KiB random write, fsync each",
-        Unit::Operations,
-        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync --fsync=1"),
-    ),
-    (
-        "1 MiB sequential read",
-        Unit::Bandwidth,
-        Work::Fio("--rw=read --bs=1m --ioengine=psync"),
-    ),
-    (
-        "1 MiB sequential write",
-        Unit::Bandwidth,
-        Work::Fio("--rw=write --bs=1m --ioengine=psync"),
-    ),
-    (
-        "4 KiB random read, DAX mapping",
-        Unit::Operations,
-        Work::Mmap("read"),
-    ),
-    (
-        "4 KiB random write, DAX mapping",
-        Unit::Operations,
-        Work::Mmap("write"),
-    ),
-];
+impl Plan {
+    fn has(&self, title: &str) -> bool {
+        title.contains(&self.only)
+    }
 
-/// A driver, and its disk.
-struct Driver {
-    name: &'static str,
-    disk: &'static str,
-    dax: bool,
+    /// A machine to measure in.
+    fn builder<'a>(&self, setup: &'a Setup, progress: &'a Progress) -> Builder<'a> {
+        let vm = setup.vm(progress).name("bench");
+        if self.counted {
+            // The clock is that of all CPUs, so that what another one does would count as well.
+            vm.accelerator(Accelerator::Counted)
+                .cpus(1)
+                .boot_timeout(BOOT)
+        } else {
+            vm
+        }
+    }
+
+    /// What the numbers are of.
+    fn machine(&self, vm: &Vm) -> String {
+        let mut text = format!(
+            "Linux {}, {}; the host has {}\n",
+            vm.kernel(),
+            vm.accelerator(),
+            cpu()
+        );
+        text += &match (self.counted, vm.accelerator()) {
+            (true, _) => "Instructions of all that runs: the kernel, the driver, and the program that asks. Ratios of less than 1 are ahead.".to_owned(),
+            (false, accelerator) => {
+                let emulated = match accelerator {
+                    Accelerator::Kvm => "",
+                    _ => "\nEmulated: this compares the work that drivers make of a request, not the speed of memory.",
+                };
+                format!(
+                    "{} rounds of {} s. Ratios of more than 1 are ahead, and of less than 1 where time is compared.{emulated}",
+                    self.rounds,
+                    self.time.as_secs()
+                )
+            }
+        };
+        text
+    }
 }
 
-const DRIVERS: [Driver; 3] = [
-    Driver {
-        name: "pmem",
-        disk: "pmem1",
-        dax: true,
-    },
-    Driver {
-        name: "nd_pmem",
-        disk: "pmem0",
-        dax: true,
-    },
-    Driver {
-        name: "brd",
-        disk: "ram0",
-        dax: false,
-    },
-];
+/// A table that was measured.
+struct Table {
+    /// What it was measured in.
+    machine: String,
+    /// What was compared.
+    about: String,
+    /// Names of columns, and the rows that have them.
+    parts: Vec<(Vec<&'static str>, Vec<Row>)>,
+}
 
 /// Carries the command out.
 pub fn run(args: &Args) -> Result<()> {
@@ -155,214 +135,51 @@ pub fn run(args: &Args) -> Result<()> {
     if args.native {
         return native(&args.arguments, &progress);
     }
-    let only = args.only.as_deref().unwrap_or_default();
-    let rows: Vec<_> = ROWS
-        .iter()
-        .filter(|(title, ..)| title.contains(only))
-        .collect();
-    if rows.is_empty() {
-        let titles: Vec<&str> = ROWS.iter().map(|(title, ..)| *title).collect();
+    let plan = Plan {
+        time: if args.instructions {
+            COUNTED
+        } else {
+            Duration::from_secs(args.seconds)
+        },
+        rounds: args.rounds.unwrap_or(if args.instructions { 1 } else { 2 }),
+        counted: args.instructions,
+        only: args.only.clone().unwrap_or_default(),
+    };
+    let wanted = |which| args.table.is_empty() || args.table.contains(&which);
+    let mut titles = Vec::new();
+    let mut any = false;
+    for (which, all, measure) in [
+        (
+            Which::Pmem,
+            pmem::titles().collect::<Vec<_>>(),
+            pmem::table as fn(&_, &_) -> _,
+        ),
+        (Which::Kmem, kmem::titles().collect(), kmem::table),
+    ] {
+        if !wanted(which) {
+            continue;
+        }
+        if all.iter().any(|title| plan.has(title)) {
+            any = true;
+            show(&measure(&plan, &progress)?, &plan);
+        }
+        titles.extend(all);
+    }
+    if !any {
         bail!(
-            "no row's title contains {only:?}; there are:\n    {}",
+            "no row's title contains {:?}; there are:\n    {}",
+            plan.only,
             titles.join("\n    ")
         );
     }
-
-    let setup = Setup::new(Flavour::Test, &progress)?;
-    let step = progress.step("boot, load the drivers, touch all of their memory");
-    let vm = prepare(&setup, &progress)?;
-    step.done();
-
-    let step = progress.count(
-        "measure",
-        rows.len() as u64 * u64::from(args.rounds) * DRIVERS.len() as u64,
-    );
-    let time = Duration::from_secs(args.seconds);
-    let mut table = Vec::new();
-    for &&(title, unit, work) in &rows {
-        let mut sums = [None::<Sum>; DRIVERS.len()];
-        // In turns, so that what else the host does meanwhile is shared.
-        for _ in 0..args.rounds {
-            for (driver, sum) in DRIVERS.iter().zip(&mut sums) {
-                step.note(&format!("{title}: {}", driver.name));
-                if let Some(measured) = measure(&vm, driver, work, time)? {
-                    sum.get_or_insert_default().add(measured);
-                }
-                step.tick();
-            }
-        }
-        table.push((title, unit, sums));
-    }
-    step.done();
-    vm.check_clean()?;
-    println!("\n{}", report(&vm, args, &table));
-    vm.power_off()
+    Ok(())
 }
 
-fn prepare(setup: &Setup, progress: &Progress) -> Result<Vm> {
-    let vm = setup
-        .vm(progress)
-        .name("bench")
-        .ram(2 * GIB)
-        .upper(2 * SIZE)
-        .range(Use::Reserved, UPPER, SIZE)
-        .range(Use::Protected, UPPER + SIZE, SIZE)
-        .module("nd_pmem")
-        .module("nd_e820")
-        .module("brd")
-        .start()?;
-    // nd_pmem has taken pmem0. The parameters of brd are its own: it makes 16 disks of 64 MiB by itself.
-    vm.sh(&format!(
-        "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0
-         rmmod brd && insmod /modules/brd.ko rd_nr=1 rd_size={}",
-        SIZE >> 10
-    ))?;
-    vm.insmod(
-        PMEM_KO,
-        &format!("pmem_start={UPPER:#x} pmem_size={SIZE} pmem_first=1"),
-    )??;
-    for driver in &DRIVERS {
-        let sys = vm.text(&format!("/sys/block/{}/size", driver.disk))?;
-        ensure!(
-            sys.trim().parse::<u64>()? * 512 > SIZE - 32 * MIB,
-            "/dev/{} is smaller than it should be",
-            driver.disk
-        );
-        // The first touch of a page costs the host more than all the others.
-        vm.sh(&format!(
-            "fio --name=fill --filename=/dev/{} --rw=write --bs=1m --ioengine=psync >/dev/null",
-            driver.disk
-        ))?;
+fn show(table: &Table, plan: &Plan) {
+    println!("\n{}\n{}", table.machine, table.about);
+    for (columns, rows) in &table.parts {
+        print!("{}", table::text(columns, rows, plan.counted));
     }
-    Ok(vm)
-}
-
-fn measure(vm: &Vm, driver: &Driver, work: Work, time: Duration) -> Result<Option<Measured>> {
-    let device = format!("/dev/{}", driver.disk);
-    match work {
-        Work::Fio(options) => {
-            let options = format!("--direct=1 --norandommap --randrepeat=0 {options}");
-            fio::run(vm, &device, &options, time).map(Some)
-        }
-        Work::Mmap(_) if !driver.dax => Ok(None),
-        Work::Mmap(op) => {
-            let output = vm.sh_for(
-                &format!(
-                    "mkfs.ext4 -q -F {device} && mkdir -p /mnt/bench && mount -o dax=always {device} /mnt/bench
-                     pmem-guest bench-mmap /mnt/bench/file {} {op} {}
-                     umount /mnt/bench",
-                    128 * MIB,
-                    time.as_secs()
-                ),
-                time + Duration::from_secs(120),
-            )?;
-            let mmap: Mmap = serde_json::from_str(&output).context("bench-mmap printed no JSON")?;
-            let iops = mmap.ops as f64 / mmap.seconds;
-            Ok(Some(Measured {
-                iops,
-                bandwidth: iops * 4096.0,
-                // One thread, and no kernel.
-                iops_per_cpu: iops,
-            }))
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct Mmap {
-    ops: u64,
-    seconds: f64,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Sum {
-    iops: f64,
-    bandwidth: f64,
-    iops_per_cpu: f64,
-    rounds: f64,
-}
-
-impl Sum {
-    fn add(&mut self, measured: Measured) {
-        self.iops += measured.iops;
-        self.bandwidth += measured.bandwidth;
-        self.iops_per_cpu += measured.iops_per_cpu;
-        self.rounds += 1.0;
-    }
-}
-
-fn report(vm: &Vm, args: &Args, table: &[(&str, Unit, [Option<Sum>; DRIVERS.len()])]) -> String {
-    let mut out = String::new();
-    let mut line = |text: String| {
-        // Writing to a string does not fail.
-        let _ = writeln!(out, "{}", text.trim_end());
-    };
-    line(format!(
-        "Linux {}, {}; the host has {}",
-        vm.kernel(),
-        vm.accelerator(),
-        cpu()
-    ));
-    line(format!(
-        "{} disks of {} MiB, {} rounds of {} s. Ratios are pmem / the other: more than 1 is ahead.",
-        DRIVERS.len(),
-        SIZE / MIB,
-        args.rounds,
-        args.seconds
-    ));
-    if vm.accelerator() == Accelerator::Tcg {
-        line("Emulated: this compares the work that drivers make of a request, not the speed of memory.".into());
-    }
-    for (unit, heading) in [
-        (Unit::Operations, "thousands of operations a second"),
-        (
-            Unit::Operations,
-            "thousands of operations a second of CPU time",
-        ),
-        (Unit::Bandwidth, "GB a second"),
-    ] {
-        let per_cpu = heading.contains("CPU");
-        let rows: Vec<_> = table.iter().filter(|row| row.1 == unit).collect();
-        if rows.is_empty() {
-            continue;
-        }
-        line(String::new());
-        line(format!(
-            "{heading:<46}{:>10}{:>10}{:>10}{:>12}{:>10}",
-            DRIVERS[0].name, DRIVERS[1].name, DRIVERS[2].name, "/ nd_pmem", "/ brd"
-        ));
-        for (title, _, sums) in rows {
-            let values = sums.map(|sum| {
-                sum.map(|sum| {
-                    let value = match unit {
-                        Unit::Bandwidth => sum.bandwidth / 1e9,
-                        Unit::Operations if per_cpu => sum.iops_per_cpu / 1e3,
-                        Unit::Operations => sum.iops / 1e3,
-                    };
-                    value / sum.rounds
-                })
-            });
-            let digits = if unit == Unit::Bandwidth { 2 } else { 1 };
-            let mut text = format!("  {title:<44}");
-            for value in values {
-                let _ = match value {
-                    Some(value) => write!(text, "{value:>10.digits$}"),
-                    None => write!(text, "{:>10}", "-"),
-                };
-            }
-            for (other, width) in [(1, 12), (2, 10)] {
-                let ratio = values[0]
-                    .zip(values[other])
-                    .map(|(ours, theirs)| ours / theirs);
-                let _ = match ratio {
-                    Some(ratio) => write!(text, "{ratio:>width$.2}"),
-                    None => write!(text, "{:>width$}", "-"),
-                };
-            }
-            line(text);
-        }
-    }
-    out
 }
 
 /// The host's CPUs.

@@ -2,7 +2,7 @@
 
 //! `cargo xtask run`: the driver's main job, before a person's eyes.
 
-use crate::bench::fio::{self, Measured};
+use crate::bench::{fio, table::Measured};
 use crate::flavour::Flavour;
 use crate::progress::{time, Progress};
 use crate::vm::{Accelerator, Persistent, Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
@@ -331,9 +331,9 @@ impl Summary<'_> {
         line("speed", format!("of a file on /dev/pmem0, by fio{note}"));
         for (title, sequential, measured) in self.speeds {
             let number = if *sequential {
-                format!("{:.2} GB/s", measured.bandwidth / 1e9)
+                format!("{:.2} GB/s", measured.bandwidth() / 1e9)
             } else {
-                format!("{:.0} thousand/s", measured.iops / 1e3)
+                format!("{:.0} thousand/s", measured.iops() / 1e3)
             };
             line("", format!("{title:<34}{number:>16}"));
         }

@@ -10,6 +10,7 @@ mod agent;
 mod aligned;
 mod mapping;
 mod programs;
+mod timing;
 mod writers;
 
 use std::process::ExitCode;

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::aligned::Aligned;
 use crate::mapping::Mapping;
+use crate::timing;
 use crate::writers;
 
 const USAGE: &str = "\
@@ -99,6 +100,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["files-check", dir, log] => writers::files_check(dir, log),
         ["differing", file, disk, blocks] => differing(file, disk, number(blocks)?),
         ["census", disk, word] => census(disk, number(word)? as u64),
+        ["time-write", attribute, text] => timing::write(attribute, text),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             Ok(())

@@ -23,6 +23,10 @@ pub enum Accelerator {
     Kvm,
     /// By translation: everything works, nothing is as fast as it would be.
     Tcg,
+    /// By translation, one CPU at a time, and the guest's clocks do not tell the time: they go on by a nanosecond
+    /// with each instruction, and while all CPUs wait they skip to what is waited for. A guest that computes measures
+    /// how many instructions that takes.
+    Counted,
 }
 
 impl Accelerator {
@@ -68,17 +72,27 @@ impl Accelerator {
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         step.done_with(match answer {
             Self::Kvm => "it works",
-            Self::Tcg => "this host cannot run guests with it; they will be emulated",
+            _ => "this host cannot run guests with it; they will be emulated",
         });
         Ok(answer)
     }
 
     /// QEMU's arguments.
-    pub fn arguments(self) -> [&'static str; 4] {
+    pub fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
             // Page tables of five levels only make each walk longer.
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
+            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
+            Self::Counted => &[
+                "-accel",
+                "tcg,thread=single",
+                "-icount",
+                "shift=0,sleep=off",
+                "-cpu",
+                // Each step of a string instruction counts as one. The kernel copies by bytes where a CPU says that
+                // it makes that fast, which no such CPU does byte by byte.
+                "max,la57=off,erms=off,fsrm=off",
+            ],
         }
     }
 }
@@ -88,6 +102,7 @@ impl fmt::Display for Accelerator {
         f.write_str(match self {
             Self::Kvm => "KVM",
             Self::Tcg => "TCG (emulated)",
+            Self::Counted => "TCG (emulated, its clock counts instructions)",
         })
     }
 }

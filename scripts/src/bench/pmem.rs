@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The disks of ranges that are storage alone, beside those of `nd_pmem` and `brd`.
+
+use super::table::{Measured, Row, Unit};
+use super::{fio, Plan, Table};
+use crate::flavour::Flavour;
+use crate::progress::Progress;
+use crate::vm::{Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
+use anyhow::{ensure, Context, Result};
+use serde::Deserialize;
+use std::time::Duration;
+
+/// Of each disk.
+const SIZE: u64 = 512 * MIB;
+
+/// What to measure.
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    /// A fio job on the disk.
+    Fio(&'static str),
+    /// `pmem-guest bench-mmap` on a file, `read` or `write`.
+    Mmap(&'static str),
+}
+
+const ROWS: &[(&str, Unit, Work)] = &[
+    (
+        "4 KiB random read, psync",
+        Unit::Operations,
+        Work::Fio("--rw=randread --bs=4k --ioengine=psync"),
+    ),
+    (
+        "4 KiB random write, psync",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync"),
+    ),
+    (
+        "4 KiB random read, io_uring depth 1",
+        Unit::Operations,
+        Work::Fio("--rw=randread --bs=4k --ioengine=io_uring --iodepth=1"),
+    ),
+    (
+        "4 KiB random write, io_uring depth 1",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=4k --ioengine=io_uring --iodepth=1"),
+    ),
+    (
+        "4 KiB random read, io_uring depth 32",
+        Unit::Operations,
+        Work::Fio("--rw=randread --bs=4k --ioengine=io_uring --iodepth=32"),
+    ),
+    (
+        "4 KiB random write, io_uring depth 32",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=4k --ioengine=io_uring --iodepth=32"),
+    ),
+    (
+        "4 KiB random write, O_DSYNC",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync --sync=dsync"),
+    ),
+    (
+        "4 KiB random write, fsync each",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=4k --ioengine=psync --fsync=1"),
+    ),
+    (
+        "1 MiB sequential read",
+        Unit::Bandwidth,
+        Work::Fio("--rw=read --bs=1m --ioengine=psync"),
+    ),
+    (
+        "1 MiB sequential write",
+        Unit::Bandwidth,
+        Work::Fio("--rw=write --bs=1m --ioengine=psync"),
+    ),
+    (
+        "4 KiB random read, DAX mapping",
+        Unit::Operations,
+        Work::Mmap("read"),
+    ),
+    (
+        "4 KiB random write, DAX mapping",
+        Unit::Operations,
+        Work::Mmap("write"),
+    ),
+];
+
+/// A driver, and its disk.
+struct Driver {
+    name: &'static str,
+    disk: &'static str,
+    dax: bool,
+}
+
+const DRIVERS: [Driver; 3] = [
+    Driver {
+        name: "pmem",
+        disk: "pmem1",
+        dax: true,
+    },
+    Driver {
+        name: "nd_pmem",
+        disk: "pmem0",
+        dax: true,
+    },
+    Driver {
+        name: "brd",
+        disk: "ram0",
+        dax: false,
+    },
+];
+
+/// The titles of all rows.
+pub fn titles() -> impl Iterator<Item = &'static str> {
+    ROWS.iter().map(|&(title, ..)| title)
+}
+
+/// Measures the rows that `plan` has.
+pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
+    let rows: Vec<_> = ROWS.iter().filter(|(title, ..)| plan.has(title)).collect();
+    let setup = Setup::new(Flavour::Test, progress)?;
+    let step = progress.step("boot, load the drivers, touch all of their memory");
+    let vm = prepare(&setup, plan, progress)?;
+    step.done();
+
+    let step = progress.count(
+        "measure",
+        rows.len() as u64 * u64::from(plan.rounds) * DRIVERS.len() as u64,
+    );
+    let mut table = Vec::new();
+    for &&(title, unit, work) in &rows {
+        let mut sides = vec![None::<Measured>; DRIVERS.len()];
+        // In turns, so that what else the host does meanwhile is shared.
+        for _ in 0..plan.rounds {
+            for (driver, side) in DRIVERS.iter().zip(&mut sides) {
+                step.note(&format!("{title}: {}", driver.name));
+                if let Some(measured) = measure(&vm, driver, work, plan.time)? {
+                    *side.get_or_insert_default() += measured;
+                }
+                step.tick();
+            }
+        }
+        table.push(Row { title, unit, sides });
+    }
+    step.done();
+    vm.check_clean()?;
+    let about = format!(
+        "{} disks of {} MiB, ratios are pmem / the other.",
+        DRIVERS.len(),
+        SIZE / MIB
+    );
+    let table = Table {
+        machine: plan.machine(&vm),
+        about,
+        parts: vec![(DRIVERS.map(|driver| driver.name).to_vec(), table)],
+    };
+    vm.power_off()?;
+    Ok(table)
+}
+
+fn prepare(setup: &Setup, plan: &Plan, progress: &Progress) -> Result<Vm> {
+    let vm = plan
+        .builder(setup, progress)
+        .ram(2 * GIB)
+        .upper(2 * SIZE)
+        .range(Use::Reserved, UPPER, SIZE)
+        .range(Use::Protected, UPPER + SIZE, SIZE)
+        .module("nd_pmem")
+        .module("nd_e820")
+        .module("brd")
+        .start()?;
+    // nd_pmem has taken pmem0. The parameters of brd are its own: it makes 16 disks of 64 MiB by itself.
+    vm.sh(&format!(
+        "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0
+         rmmod brd && insmod /modules/brd.ko rd_nr=1 rd_size={}",
+        SIZE >> 10
+    ))?;
+    vm.insmod(
+        PMEM_KO,
+        &format!("pmem_start={UPPER:#x} pmem_size={SIZE} pmem_first=1"),
+    )??;
+    for driver in &DRIVERS {
+        let sys = vm.text(&format!("/sys/block/{}/size", driver.disk))?;
+        ensure!(
+            sys.trim().parse::<u64>()? * 512 > SIZE - 32 * MIB,
+            "/dev/{} is smaller than it should be",
+            driver.disk
+        );
+        // The first touch of a page costs the host more than all the others.
+        vm.sh(&format!(
+            "fio --name=fill --filename=/dev/{} --rw=write --bs=1m --ioengine=psync >/dev/null",
+            driver.disk
+        ))?;
+    }
+    Ok(vm)
+}
+
+fn measure(vm: &Vm, driver: &Driver, work: Work, time: Duration) -> Result<Option<Measured>> {
+    let device = format!("/dev/{}", driver.disk);
+    match work {
+        Work::Fio(options) => {
+            let options = format!("--direct=1 --norandommap --randrepeat=0 {options}");
+            fio::run(vm, &device, &options, time).map(Some)
+        }
+        Work::Mmap(_) if !driver.dax => Ok(None),
+        Work::Mmap(op) => {
+            let output = vm.sh_for(
+                &format!(
+                    "mkfs.ext4 -q -F {device} && mkdir -p /mnt/bench && mount -o dax=always {device} /mnt/bench
+                     pmem-guest bench-mmap /mnt/bench/file {} {op} {}
+                     umount /mnt/bench",
+                    128 * MIB,
+                    time.as_secs().max(1)
+                ),
+                time + Duration::from_secs(120),
+            )?;
+            let mmap: Mmap = serde_json::from_str(&output).context("bench-mmap printed no JSON")?;
+            Ok(Some(Measured {
+                operations: mmap.ops as f64,
+                bytes: mmap.ops as f64 * 4096.0,
+                seconds: mmap.seconds,
+                // One thread, and no kernel.
+                cpu_seconds: Some(mmap.seconds),
+            }))
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Mmap {
+    ops: u64,
+    seconds: f64,
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What was measured, and the tables that it makes.
+
+use std::fmt::Write as _;
+use std::ops::AddAssign;
+
+/// What was measured of one side of a row, in all rounds.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Measured {
+    /// How many operations there were.
+    pub operations: f64,
+    /// How many bytes they had.
+    pub bytes: f64,
+    /// What they took, by the clock.
+    pub seconds: f64,
+    /// What they took of CPUs, if that is known.
+    pub cpu_seconds: Option<f64>,
+}
+
+impl Measured {
+    /// Operations a second.
+    pub fn iops(&self) -> f64 {
+        self.operations / self.seconds
+    }
+
+    /// Bytes a second.
+    pub fn bandwidth(&self) -> f64 {
+        self.bytes / self.seconds
+    }
+}
+
+impl AddAssign for Measured {
+    fn add_assign(&mut self, other: Self) {
+        // Nothing was measured yet.
+        if self.operations == 0.0 {
+            *self = other;
+            return;
+        }
+        self.operations += other.operations;
+        self.bytes += other.bytes;
+        self.seconds += other.seconds;
+        self.cpu_seconds = self.cpu_seconds.zip(other.cpu_seconds).map(|(a, b)| a + b);
+    }
+}
+
+/// What a row is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Many small operations: how many there are in a second.
+    Operations,
+    /// Operations whose size does not matter: how many bytes there are in a second.
+    Bandwidth,
+    /// One operation: how long it takes.
+    Time,
+}
+
+/// A number of a row, which has a part of the table of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Quantity {
+    Operations,
+    OperationsOfCpu,
+    Bandwidth,
+    Milliseconds,
+    MillisecondsOfCpu,
+    Instructions,
+    MillionInstructions,
+}
+
+impl Quantity {
+    /// In the order in which they are shown.
+    const TIMED: &[Self] = &[
+        Self::Operations,
+        Self::OperationsOfCpu,
+        Self::Bandwidth,
+        Self::Milliseconds,
+        Self::MillisecondsOfCpu,
+    ];
+    const COUNTED: &[Self] = &[Self::Instructions, Self::MillionInstructions];
+
+    fn heading(self) -> &'static str {
+        match self {
+            Self::Operations => "thousands of operations a second",
+            Self::OperationsOfCpu => "thousands of operations a second of CPU time",
+            Self::Bandwidth => "GB a second",
+            Self::Milliseconds => "milliseconds",
+            Self::MillisecondsOfCpu => "milliseconds of CPU time",
+            Self::Instructions => "instructions an operation",
+            Self::MillionInstructions => "millions of instructions",
+        }
+    }
+
+    fn digits(self) -> usize {
+        match self {
+            Self::Instructions => 0,
+            Self::Operations | Self::OperationsOfCpu => 1,
+            Self::Bandwidth => 2,
+            Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => 3,
+        }
+    }
+
+    /// Whether rows of `unit` have it.
+    fn is_of(self, unit: Unit) -> bool {
+        match self {
+            Self::Operations | Self::OperationsOfCpu => unit == Unit::Operations,
+            Self::Bandwidth => unit == Unit::Bandwidth,
+            Self::Instructions => unit != Unit::Time,
+            Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => {
+                unit == Unit::Time
+            }
+        }
+    }
+
+    fn of(self, measured: &Measured) -> Option<f64> {
+        let each = |seconds: f64, unit: f64| seconds / measured.operations / unit;
+        match self {
+            Self::Operations => Some(measured.iops() / 1e3),
+            Self::OperationsOfCpu => Some(measured.operations / measured.cpu_seconds? / 1e3),
+            Self::Bandwidth => Some(measured.bandwidth() / 1e9),
+            Self::Milliseconds => Some(each(measured.seconds, 1e-3)),
+            Self::MillisecondsOfCpu => Some(each(measured.cpu_seconds?, 1e-3)),
+            // The clock goes on by a nanosecond with each.
+            Self::Instructions => Some(each(measured.seconds, 1e-9)),
+            // It also goes on while one operation waits, which is no work.
+            Self::MillionInstructions => {
+                Some(each(measured.cpu_seconds.unwrap_or(measured.seconds), 1e-3))
+            }
+        }
+    }
+}
+
+/// A row, with a column for each of what is compared.
+pub struct Row {
+    /// What was done.
+    pub title: &'static str,
+    /// What its numbers are.
+    pub unit: Unit,
+    /// What was measured of each.
+    pub sides: Vec<Option<Measured>>,
+}
+
+/// A table of `rows` whose columns have these names. `counted` says that the clock counted instructions.
+pub fn text(columns: &[&str], rows: &[Row], counted: bool) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "{}", text.trim_end());
+    };
+    let quantities = if counted {
+        Quantity::COUNTED
+    } else {
+        Quantity::TIMED
+    };
+    for quantity in quantities {
+        let mut heading = format!("{:<46}", quantity.heading());
+        for column in columns {
+            let _ = write!(heading, "{column:>10}");
+        }
+        for (other, width) in others(columns.len()) {
+            let _ = write!(heading, "{:>width$}", format!("/ {}", columns[other]));
+        }
+        let mut heading = Some(heading);
+        for row in rows.iter().filter(|row| quantity.is_of(row.unit)) {
+            let values: Vec<Option<f64>> = row
+                .sides
+                .iter()
+                .map(|side| quantity.of(side.as_ref()?))
+                .collect();
+            if values.iter().all(Option::is_none) {
+                continue;
+            }
+            if let Some(heading) = heading.take() {
+                line(String::new());
+                line(heading);
+            }
+            let mut text = format!("  {:<44}", row.title);
+            for value in &values {
+                let _ = match value {
+                    Some(value) => write!(text, "{value:>10.*}", quantity.digits()),
+                    None => write!(text, "{:>10}", "-"),
+                };
+            }
+            for (other, width) in others(values.len()) {
+                let ratio = values[0]
+                    .zip(values[other])
+                    .map(|(ours, theirs)| ours / theirs);
+                let _ = match ratio {
+                    Some(ratio) => write!(text, "{ratio:>width$.2}"),
+                    None => write!(text, "{:>width$}", "-"),
+                };
+            }
+            line(text);
+        }
+    }
+    out
+}
+
+/// The columns that the first one is compared with, and how wide their ratios are.
+fn others(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    (1..columns).map(|other| (other, if other == 1 { 14 } else { 10 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(operations: f64, seconds: f64, cpu_seconds: Option<f64>) -> Option<Measured> {
+        Some(Measured {
+            operations,
+            bytes: operations * 4096.0,
+            seconds,
+            cpu_seconds,
+        })
+    }
+
+    fn rows() -> Vec<Row> {
+        vec![
+            Row {
+                title: "read",
+                unit: Unit::Operations,
+                sides: vec![measured(30e3, 2.0, Some(1.0)), measured(10e3, 1.0, None)],
+            },
+            Row {
+                title: "plug",
+                unit: Unit::Time,
+                sides: vec![measured(2.0, 0.1, Some(0.02)), None],
+            },
+        ]
+    }
+
+    fn lines(counted: bool) -> Vec<String> {
+        text(&["a", "b"], &rows(), counted)
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect()
+    }
+
+    #[test]
+    fn a_part_for_each_quantity_that_some_row_has() {
+        assert_eq!(
+            lines(false),
+            [
+                "",
+                "thousands of operations a second a b / b",
+                "read 15.0 10.0 1.50",
+                "",
+                "thousands of operations a second of CPU time a b / b",
+                "read 30.0 - -",
+                "",
+                "milliseconds a b / b",
+                "plug 50.000 - -",
+                "",
+                "milliseconds of CPU time a b / b",
+                "plug 10.000 - -",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_waits_is_not_counted() {
+        assert_eq!(
+            lines(true),
+            [
+                "",
+                "instructions an operation a b / b",
+                "read 66667 100000 0.67",
+                "",
+                "millions of instructions a b / b",
+                "plug 10.000 - -",
+            ]
+        );
+    }
+
+    #[test]
+    fn rounds_add_up() {
+        let mut sum = Measured::default();
+        for (seconds, cpu) in [(1.0, Some(0.5)), (3.0, Some(0.25))] {
+            sum += measured(100.0, seconds, cpu).unwrap();
+        }
+        assert_eq!(sum.iops(), 50.0);
+        assert_eq!(sum.cpu_seconds, Some(0.75));
+    }
+}
