@@ -195,6 +195,8 @@ impl<'a> Hog<'a> {
 
     /// Starts one that has what is free of `node`, but for what the kernel keeps for itself.
     fn fill(vm: &'a Vm, node: u32, word: u64) -> Result<Self> {
+        // With huge pages the kernel would keep more the more memory there is, and end the process over it.
+        vm.write("/proc/sys/vm/min_free_kbytes", b"4096")?;
         let free = meminfo(vm, node, "MemFree")? * PAGE;
         Self::start(vm, node, free.saturating_sub(36 * MIB), word)
     }

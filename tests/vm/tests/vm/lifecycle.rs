@@ -39,7 +39,7 @@ fn unload_is_refused_while_a_disk_is_open_or_mounted() -> Result<()> {
 }
 
 /// Objects in use of each slab cache, and other memory, in bytes.
-pub(super) fn memory(vm: &Vm) -> Result<(BTreeMap<String, i64>, i64)> {
+fn memory(vm: &Vm) -> Result<(BTreeMap<String, i64>, i64)> {
     // What the CPUs keep for the next allocation would count as in use.
     vm.sh(
         "sync; echo 3 >/proc/sys/vm/drop_caches; sleep 0.2; echo 3 >/proc/sys/vm/drop_caches
@@ -68,50 +68,53 @@ pub(super) fn memory(vm: &Vm) -> Result<(BTreeMap<String, i64>, i64)> {
     Ok((active, (used << 10) - (kept << 12)))
 }
 
-/// A leak of any kind shows when it happens a hundred times.
+/// Does `cycles(n)`, which must leave nothing behind: no object of a slab cache, no page, nothing that can be seen.
+pub(super) fn check_leaks(vm: &Vm, n: i64, cycles: impl Fn(i64) -> Result<()>) -> Result<()> {
+    cycles(3)?;
+    let before = Trace::of(vm)?;
+    let (mut slabs, used) = memory(vm)?;
+    // A cache that has grown for another reason does not grow by as much again.
+    let mut suspects: Option<BTreeSet<String>> = None;
+    for _ in 0..3 {
+        cycles(n)?;
+        Trace::of(vm)?.check(&before)?;
+        let (now, _) = memory(vm)?;
+        let grown = now
+            .iter()
+            .filter(|(name, count)| **count - slabs.get(*name).copied().unwrap_or(0) >= n)
+            .map(|(name, _)| name.clone());
+        let grown: BTreeSet<String> = match suspects {
+            Some(before) => grown.filter(|name| before.contains(name)).collect(),
+            None => grown.collect(),
+        };
+        slabs = now;
+        let done = grown.is_empty();
+        suspects = Some(grown);
+        if done {
+            break;
+        }
+    }
+    let leaking = suspects.unwrap_or_default();
+    ensure!(leaking.is_empty(), "objects are left in {leaking:?}");
+    let (_, used_after) = memory(vm)?;
+    let more = used_after - used;
+    ensure!(more < n << 12, "{more} bytes more are in use");
+    Ok(())
+}
+
+/// A leak of any kind shows when it happens a hundred times. Of the struct pages of 512 MiB it would be 800 MiB; of one
+/// page each, 400 KiB.
 #[test]
 fn a_hundred_loads_leave_nothing() -> Result<()> {
-    const LOADS: i64 = 100;
     const LOAD: &str = "pmem_start=4G pmem_size=512MiB pmem_count=2";
     boot(stock()?, |vm| {
-        let cycles = |n: i64| {
+        check_leaks(vm, 100, |n| {
             // With an open in each, so that udev-like users are there, too.
             let script = format!(
                 "for i in $(seq {n}); do insmod {PMEM_KO} {LOAD}; dd if=/dev/pmem1 of=/dev/null bs=4k count=1 2>/dev/null; rmmod pmem; done"
             );
-            vm.sh_for(&script, Duration::from_secs(300))
-        };
-        cycles(3)?;
-        let before = Trace::of(vm)?;
-        let (mut slabs, used) = memory(vm)?;
-        // A cache that has grown for another reason does not grow by as much again.
-        let mut suspects: Option<BTreeSet<String>> = None;
-        for _ in 0..3 {
-            cycles(LOADS)?;
-            Trace::of(vm)?.check(&before)?;
-            let (now, _) = memory(vm)?;
-            let grown = now
-                .iter()
-                .filter(|(name, count)| **count - slabs.get(*name).copied().unwrap_or(0) >= LOADS)
-                .map(|(name, _)| name.clone());
-            let grown: BTreeSet<String> = match suspects {
-                Some(before) => grown.filter(|name| before.contains(name)).collect(),
-                None => grown.collect(),
-            };
-            slabs = now;
-            let done = grown.is_empty();
-            suspects = Some(grown);
-            if done {
-                break;
-            }
-        }
-        let leaking = suspects.unwrap_or_default();
-        ensure!(leaking.is_empty(), "objects are left in {leaking:?}");
-        let (_, used_after) = memory(vm)?;
-        // 100 leaks of the struct pages of 512 MiB would be 800 MiB; of one page each, 400 KiB.
-        let more = used_after - used;
-        ensure!(more < LOADS << 12, "{more} bytes more are in use");
-        Ok(())
+            vm.sh_for(&script, Duration::from_secs(300)).map(drop)
+        })
     })
 }
 

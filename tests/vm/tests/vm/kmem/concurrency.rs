@@ -3,9 +3,10 @@
 //! Many at once: on the same blocks, and on the range itself.
 
 use super::{attribute, groups, load_movable, ram, said, take_down, try_state, Hog, EAGAIN, EBUSY};
+use crate::lifecycle::check_leaks;
 use anyhow::{ensure, Result};
 use std::time::{Duration, Instant};
-use vm_tests::{boot, pmemctl, stock, Persistent, Trace, MIB};
+use vm_tests::{boot, pmemctl, stock, Persistent, MIB};
 use xtask::vm::PMEM_KO;
 
 const SIZE: u64 = 128 * MIB;
@@ -111,7 +112,7 @@ fn fifty_times_offline_unplugged_and_reloaded() -> Result<()> {
         load_movable(vm, &format!("{LOAD} kmem_format=blk"))?;
         let blocks = ram(vm)?;
         take_down(vm)?;
-        let cycles = |n: u32| {
+        check_leaks(vm, 50, |n| {
             vm.sh_for(
                 &format!(
                     "state=/sys/devices/faux/kmem1/state; n=0
@@ -134,21 +135,8 @@ fn fifty_times_offline_unplugged_and_reloaded() -> Result<()> {
                 ),
                 GUARD,
             )
-        };
-        cycles(3)?;
-        let before = Trace::of(vm)?;
-        let (slabs, used) = crate::lifecycle::memory(vm)?;
-        cycles(50)?;
-        Trace::of(vm)?.check(&before)?;
-        let (now, used_now) = crate::lifecycle::memory(vm)?;
-        let grown: Vec<_> = now
-            .iter()
-            .filter(|(name, count)| **count - slabs.get(*name).copied().unwrap_or(0) >= 50)
-            .collect();
-        ensure!(grown.is_empty(), "objects are left: {grown:?}");
-        let more = used_now - used;
-        ensure!(more < 50 << 12, "{more} bytes more are in use");
-        Ok(())
+            .map(drop)
+        })
     })
 }
 
