@@ -127,12 +127,12 @@ pub fn scan(
             scan.fault(Block(first), 0, Kind::Unreadable);
             continue;
         }
+        // Most of an index is empty.
+        if entries_of(&piece).fold(0, |any, page| any | page) == 0 {
+            continue;
+        }
 
-        for (i, entry) in piece.chunks_exact(ENTRY_SIZE as usize).enumerate() {
-            let block = first.wrapping_add(i as u64);
-            let page = entry
-                .first_chunk()
-                .map_or(0, |entry| u64::from_le_bytes(*entry));
+        for (block, page) in (first..).zip(entries_of(&piece)) {
             if page == 0 {
                 continue;
             }
@@ -151,6 +151,15 @@ pub fn scan(
         }
     }
     scan
+}
+
+/// The entries in a piece of the index.
+fn entries_of(piece: &[u8; PIECE]) -> impl Iterator<Item = u64> + '_ {
+    piece.chunks_exact(ENTRY_SIZE as usize).map(|entry| {
+        entry
+            .first_chunk()
+            .map_or(0, |entry| u64::from_le_bytes(*entry))
+    })
 }
 
 #[cfg_attr(CONFIG_RUST, kernel::macros::kunit_tests(pmem_kmem_scan))]
