@@ -96,7 +96,7 @@ unsigned long pmem_helper_node_present_pages(int nid);
 struct page *pmem_helper_pfn_to_page(unsigned long pfn);
 unsigned long pmem_helper_page_to_pfn(const struct page *page);
 void *pmem_helper_phys_to_virt(phys_addr_t phys);
-bool pmem_helper_page_is_movable_zone(const struct page *page);
+enum zone_type pmem_helper_page_zonenum(const struct page *page);
 void pmem_helper_set_page_offline(struct page *page);
 void pmem_helper_clear_page_offline(struct page *page);
 void pmem_helper_set_page_dirty(struct page *page);

@@ -133,9 +133,9 @@ void *pmem_helper_phys_to_virt(phys_addr_t phys)
 	return phys_to_virt(phys);
 }
 
-bool pmem_helper_page_is_movable_zone(const struct page *page)
+enum zone_type pmem_helper_page_zonenum(const struct page *page)
 {
-	return page_zonenum(page) == ZONE_MOVABLE;
+	return page_zonenum(page);
 }
 
 void pmem_helper_set_page_offline(struct page *page)

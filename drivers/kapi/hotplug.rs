@@ -35,6 +35,7 @@ use crate::pmem_core::{
     persist::VolatileSlice, //
 };
 use core::{
+    cell::Cell,
     marker::PhantomPinned,
     mem::ManuallyDrop,
     ops::{
@@ -470,7 +471,8 @@ impl Inner {
     /// Pages that come online: releases those that are not held.
     fn come_online(&self, pages: Range<u64>) {
         // SAFETY: Coming online, its struct page is initialized.
-        if unsafe { bindings::pmem_helper_page_is_movable_zone(self.page(pages.start)) } {
+        let zone = unsafe { bindings::pmem_helper_page_zonenum(self.page(pages.start)) };
+        if zone == bindings::zone_type_ZONE_MOVABLE {
             self.movable.store(true, Relaxed);
         }
 
@@ -516,16 +518,12 @@ impl Inner {
     }
 
     /// Marks pages as held that were just allocated.
-    fn hold(&self, first: u64, count: u64) {
-        for page in first..first.wrapping_add(count) {
+    fn hold(&self, pages: Range<u64>) {
+        for page in pages {
             // SAFETY: Allocated, and not known to anybody but the caller.
             unsafe { bindings::pmem_helper_set_page_offline(self.page(page)) };
             self.held().set(page);
         }
-        // SAFETY: They are not memory any more.
-        unsafe {
-            bindings::adjust_managed_page_count(self.page(first), (count as c_long).wrapping_neg())
-        };
     }
 
     /// Takes all of it offline and removes it, or leaves it as it is.
@@ -726,12 +724,73 @@ impl Memory {
         self.inner().is_some_and(|inner| inner.held().test(page.0))
     }
 
+    /// Begins to take pages from the page allocator, and to release them to it.
+    pub(crate) fn exchange(&self) -> Exchange<'_> {
+        Exchange {
+            memory: self,
+            managed: Cell::new(None),
+        }
+    }
+
+    /// The first run of pages from `from` on of this kind, at most a few hundred.
+    ///
+    /// It may not be true any more when this returns.
+    pub(crate) fn next(&self, from: Page, kind: Kind) -> Option<(Page, u64)> {
+        // What is not online has struct pages that mean nothing.
+        let inner = self.inner().filter(|inner| !inner.is_partial())?;
+        let end = inner.first.wrapping_add(inner.pages);
+        let mut count = 0;
+        // SAFETY: The struct pages of the range are there as long as the memory is, which is as
+        // long as `self` is not borrowed mutably.
+        let pfn = unsafe {
+            bindings::pmem_helper_next_pages(
+                inner.first.saturating_add(from.0) as c_ulong,
+                end as c_ulong,
+                kind == Kind::Free,
+                &mut count,
+            )
+        };
+        let page = inner.number(pfn as u64)?;
+        (count != 0).then_some((Page(page), count as u64))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(plugged) = self.plugged.take() {
+            pr_err!(
+                "memory at {:#x} is still there, and stays\n",
+                self.region.start()
+            );
+            core::mem::forget(plugged);
+            return;
+        }
+        // SAFETY: Each is dropped once, here.
+        unsafe {
+            ManuallyDrop::drop(&mut self.tier);
+            ManuallyDrop::drop(&mut self.group);
+            ManuallyDrop::drop(&mut self.region);
+        }
+    }
+}
+
+/// Pages that go from the page allocator to the driver and back.
+///
+/// How many pages a zone has is told to the system when this is dropped: that takes it longer than
+/// to allocate or to free one.
+pub(crate) struct Exchange<'a> {
+    memory: &'a Memory,
+    /// A page of the zone that pages have come to or gone from, and how many more it has.
+    managed: Cell<Option<(NonNull<bindings::page>, i64)>>,
+}
+
+impl Exchange<'_> {
     /// Takes a page from the page allocator, and holds it.
     ///
     /// `None` if there is none in the range, which need not mean that there is none at all: the
     /// allocator can be asked for pages of a node alone, and gives up early if so told.
     pub(crate) fn alloc(&self, effort: Effort) -> Option<Page> {
-        let inner = self.inner()?;
+        let inner = self.memory.inner()?;
         let mut gfp = bindings::PMEM_CONST___GFP_THISNODE | bindings::PMEM_CONST___GFP_NOWARN;
         gfp |= match effort {
             Effort::NoWait => {
@@ -760,30 +819,9 @@ impl Memory {
             unsafe { bindings::pmem_helper_free_page(raw.as_ptr()) };
             return None;
         };
-        inner.hold(page, 1);
+        inner.hold(page..page.wrapping_add(1));
+        self.count(inner.page(page), -1);
         Some(Page(page))
-    }
-
-    /// The first run of pages from `from` on of this kind, at most a few hundred.
-    ///
-    /// It may not be true any more when this returns.
-    pub(crate) fn next(&self, from: Page, kind: Kind) -> Option<(Page, u64)> {
-        // What is not online has struct pages that mean nothing.
-        let inner = self.inner().filter(|inner| !inner.is_partial())?;
-        let end = inner.first.wrapping_add(inner.pages);
-        let mut count = 0;
-        // SAFETY: The struct pages of the range are there as long as the memory is, which is as
-        // long as `self` is not borrowed mutably.
-        let pfn = unsafe {
-            bindings::pmem_helper_next_pages(
-                inner.first.saturating_add(from.0) as c_ulong,
-                end as c_ulong,
-                kind == Kind::Free,
-                &mut count,
-            )
-        };
-        let page = inner.number(pfn as u64)?;
-        (count != 0).then_some((Page(page), count as u64))
     }
 
     /// Takes `count` pages from `first` on, whoever uses them: they are moved elsewhere.
@@ -796,7 +834,7 @@ impl Memory {
     /// - `EBUSY`: one of them cannot be moved, or not all of the range is online.
     /// - `ENOMEM`: there is no room elsewhere.
     pub(crate) fn take(&self, first: Page, count: u64, may_do_io: bool) -> Result {
-        let inner = self.inner().ok_or(EINVAL)?;
+        let inner = self.memory.inner().ok_or(EINVAL)?;
         let end = first.0.checked_add(count).filter(|&end| end <= inner.pages);
         let end = end.ok_or(EINVAL)?;
         if count == 0 {
@@ -821,13 +859,16 @@ impl Memory {
                 gfp,
             )
         })?;
-        inner.hold(first.0, count);
+        inner.hold(first.0..end);
+        self.count(inner.page(first.0), (count as i64).wrapping_neg());
         Ok(())
     }
 
     /// Releases a page that is held. One that is not is left alone.
     pub(crate) fn release(&self, page: Page) {
-        let Some(inner) = self.inner() else { return };
+        let Some(inner) = self.memory.inner() else {
+            return;
+        };
         // If not all of the memory is online, this page may be in a part that is not.
         if inner.is_partial() || !inner.held().clear(page.0) {
             return;
@@ -841,28 +882,40 @@ impl Memory {
             } else {
                 bindings::pmem_helper_clear_page_offline(raw);
                 bindings::pmem_helper_free_page(raw);
-                bindings::adjust_managed_page_count(raw, 1);
+                self.count(raw, 1);
             }
+        }
+    }
+    /// Counts `more` pages to the zone of `page`.
+    fn count(&self, page: *mut bindings::page, more: i64) {
+        let Some(page) = NonNull::new(page) else {
+            return;
+        };
+        // SAFETY: A struct page of the memory, which is there as long as `self.memory` is borrowed.
+        let zone = |page: NonNull<_>| unsafe { bindings::pmem_helper_page_zonenum(page.as_ptr()) };
+        let counted = match self.managed.get() {
+            Some((other, counted)) if zone(other) == zone(page) => counted,
+            _ => {
+                self.tell();
+                0
+            }
+        };
+        self.managed.set(Some((page, counted.wrapping_add(more))));
+    }
+
+    /// Tells the system what was counted.
+    fn tell(&self) {
+        if let Some((page, count)) = self.managed.take().filter(|&(_, count)| count != 0) {
+            // SAFETY: The struct page is one of the memory, which is there as long as `self.memory`
+            // is borrowed. As many pages of its zone have become memory, or are none any more.
+            unsafe { bindings::adjust_managed_page_count(page.as_ptr(), count as c_long) };
         }
     }
 }
 
-impl Drop for Memory {
+impl Drop for Exchange<'_> {
     fn drop(&mut self) {
-        if let Some(plugged) = self.plugged.take() {
-            pr_err!(
-                "memory at {:#x} is still there, and stays\n",
-                self.region.start()
-            );
-            core::mem::forget(plugged);
-            return;
-        }
-        // SAFETY: Each is dropped once, here.
-        unsafe {
-            ManuallyDrop::drop(&mut self.tier);
-            ManuallyDrop::drop(&mut self.group);
-            ManuallyDrop::drop(&mut self.region);
-        }
+        self.tell();
     }
 }
 

@@ -350,7 +350,7 @@ impl BlkDisk {
                 first,
                 count,
                 !bio.is_nowait(),
-                &ForWrites(&self.pool),
+                &ForWrites::new(&self.pool),
                 |page, persist| {
                     let mut done = 0;
                     while let Some(piece) = pieces.next(PAGE_SIZE.saturating_sub(done)) {
@@ -381,7 +381,7 @@ impl BlkDisk {
                 first,
                 count,
                 !bio.is_nowait(),
-                &ForWrites(&self.pool),
+                &ForWrites::new(&self.pool),
                 |page, persist| persist.write_zeroes(page),
             )
             .map_err(status)
@@ -390,7 +390,7 @@ impl BlkDisk {
     fn discard(&self, bio: &Bio) -> Result<(), Status> {
         let (first, count) = self.extent(bio)?;
         self.blocks()?
-            .discard(first, count, &ForDiscards(&self.pool))
+            .discard(first, count, &ForDiscards::new(&self.pool))
             .map(drop)
             .map_err(status)
     }

@@ -23,6 +23,7 @@ use crate::{
         cpu,
         hotplug::{
             Effort,
+            Exchange,
             Kind,
             Memory,
             PageStack, //
@@ -196,7 +197,7 @@ impl Pool {
         let mut from = Page(0);
         let mut failures = 0;
         while let Some((first, count)) = self.memory.next_released(from, TAKE) {
-            match self.memory.take(first, count, true) {
+            match self.memory.exchange().take(first, count, true) {
                 Ok(()) => {
                     self.push(first, count);
                     from = Page(first.0.wrapping_add(count));
@@ -222,10 +223,11 @@ impl Pool {
     /// Gives pages without data to the page allocator, but for those that are kept for writes.
     pub(super) fn share(&self) {
         self.keep.store(self.spare, Relaxed);
+        let system = self.memory.exchange();
         let mut left = (self.len() as i64).saturating_sub(self.spare);
         while left > 0 {
             let Some(page) = self.pop(0) else { break };
-            self.memory.release(page);
+            system.release(page);
             left = left.wrapping_sub(1);
         }
     }
@@ -267,15 +269,15 @@ impl Pool {
 
     /// Takes a page if one is there at once.
     #[inline]
-    fn take_now(&self, need: Need) -> Option<Page> {
+    fn take_now(&self, system: &Exchange<'_>, need: Need) -> Option<Page> {
         if need.replaces {
             self.slot()
                 .and_then(|slot| slot.lock().pop(&self.memory))
                 .or_else(|| self.pop(0))
-                .or_else(|| self.memory.alloc(Effort::NoWait))
+                .or_else(|| system.alloc(Effort::NoWait))
                 .or_else(|| self.steal())
         } else {
-            self.memory
+            system
                 .alloc(Effort::NoWait)
                 .or_else(|| self.pop(self.spare / 2))
         }
@@ -287,12 +289,12 @@ impl Pool {
     /// given back a page for a while: what is written now may be memory soon, as a page of a file
     /// is when it is clean.
     #[cold]
-    fn wait(pool: &Arc<Self>, need: Need) -> Result<Page, NoPage> {
+    fn wait(pool: &Arc<Self>, system: &Exchange<'_>, need: Need) -> Result<Page, NoPage> {
         let in_vain = pool.in_vain.load(Relaxed);
         for _ in 0..LOOKS {
             if let Some(page) = pool
-                .take_now(need)
-                .or_else(|| pool.memory.alloc(Effort::Reclaim))
+                .take_now(system, need)
+                .or_else(|| system.alloc(Effort::Reclaim))
             {
                 pool.note_progress();
                 return Ok(page);
@@ -329,7 +331,7 @@ impl Pool {
                 Some((first, count)) => {
                     let count = count.min(GATHER);
                     *cursor = Page(first.0.wrapping_add(count));
-                    match self.memory.take(first, count, false) {
+                    match self.memory.exchange().take(first, count, false) {
                         Ok(()) => {
                             self.push(first, count);
                             self.note_progress();
@@ -355,13 +357,14 @@ impl WorkItem for Pool {
 
     /// Fills the pool up.
     fn run(this: Arc<Self>) {
+        let system = this.memory.exchange();
         // Not what CPUs have: it is not for who writes a new block.
         while (this.stack.lock().len() as i64) < this.spare {
-            let page = this.memory.alloc(Effort::Reclaim);
+            let page = system.alloc(Effort::Reclaim);
             if page.is_none() && this.gather(Kind::Process) {
                 continue;
             }
-            if let Some(page) = page.or_else(|| this.memory.alloc(Effort::Reserves)) {
+            if let Some(page) = page.or_else(|| system.alloc(Effort::Reserves)) {
                 this.push(page, 1);
                 this.note_progress();
             } else if !this.gather(Kind::Free) {
@@ -375,16 +378,28 @@ impl WorkItem for Pool {
 
 /// The pool as writes see it, which leave it as it was: each page that they put back is one that
 /// another one has replaced.
-pub(super) struct ForWrites<'a>(pub(super) &'a Arc<Pool>);
+pub(super) struct ForWrites<'a> {
+    pool: &'a Arc<Pool>,
+    system: Exchange<'a>,
+}
+
+impl<'a> ForWrites<'a> {
+    #[inline]
+    pub(super) fn new(pool: &'a Arc<Pool>) -> Self {
+        let system = pool.memory.exchange();
+        Self { pool, system }
+    }
+}
 
 impl Pages for ForWrites<'_> {
     #[inline]
     fn take(&self, need: Need) -> Result<Page, NoPage> {
-        match self.0.take_now(need) {
+        let Self { pool, system } = self;
+        match pool.take_now(system, need) {
             Some(page) => Ok(page),
-            None if need.may_wait => Pool::wait(self.0, need),
+            None if need.may_wait => Pool::wait(pool, system, need),
             None => {
-                let _ = self.0.queue.enqueue(self.0.clone());
+                let _ = pool.queue.enqueue(Arc::clone(pool));
                 Err(NoPage::WouldBlock)
             }
         }
@@ -392,7 +407,7 @@ impl Pages for ForWrites<'_> {
 
     #[inline]
     fn put(&self, mut pages: impl Iterator<Item = Page>) {
-        let pool = self.0;
+        let Self { pool, system } = self;
         if let Some(slot) = pool.slot() {
             let mut slot = slot.lock();
             while slot.len() < SLOT {
@@ -407,14 +422,24 @@ impl Pages for ForWrites<'_> {
                 stack.push(&pool.memory, page);
             } else {
                 drop(stack);
-                pool.memory.release(page);
+                system.release(page);
             }
         }
     }
 }
 
 /// The pool as discards see it, which give all of their pages to the system if the pool is full.
-pub(super) struct ForDiscards<'a>(pub(super) &'a Arc<Pool>);
+pub(super) struct ForDiscards<'a> {
+    pool: &'a Pool,
+    system: Exchange<'a>,
+}
+
+impl<'a> ForDiscards<'a> {
+    pub(super) fn new(pool: &'a Pool) -> Self {
+        let system = pool.memory.exchange();
+        Self { pool, system }
+    }
+}
 
 impl Pages for ForDiscards<'_> {
     fn take(&self, _need: Need) -> Result<Page, NoPage> {
@@ -422,7 +447,7 @@ impl Pages for ForDiscards<'_> {
     }
 
     fn put(&self, pages: impl Iterator<Item = Page>) {
-        let pool = self.0;
+        let Self { pool, system } = self;
         let keep = pool.keep.load(Relaxed);
         let mut missing = keep.saturating_sub(pool.len() as i64);
         pool.note_progress();
@@ -431,7 +456,7 @@ impl Pages for ForDiscards<'_> {
                 pool.push(page, 1);
                 missing = missing.wrapping_sub(1);
             } else {
-                pool.memory.release(page);
+                system.release(page);
             }
         }
     }
