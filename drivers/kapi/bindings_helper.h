@@ -99,6 +99,7 @@ void *pmem_helper_phys_to_virt(phys_addr_t phys);
 enum zone_type pmem_helper_page_zonenum(const struct page *page);
 void pmem_helper_set_page_offline(struct page *page);
 void pmem_helper_clear_page_offline(struct page *page);
+void pmem_helper_kasan_unpoison_pages(const struct page *page, unsigned long count);
 void pmem_helper_set_page_dirty(struct page *page);
 bool pmem_helper_test_clear_page_dirty(struct page *page);
 bool pmem_helper_page_ref_dec_and_test(struct page *page);

@@ -7,6 +7,7 @@
 #include <linux/device.h>
 #include <linux/gfp.h>
 #include <linux/io.h>
+#include <linux/kasan.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
 #include <linux/nodemask.h>
@@ -15,6 +16,7 @@
 #include <linux/pageblock-flags.h>
 #include <linux/sched.h>
 #include <linux/smp.h>
+#include <linux/string.h>
 #include <linux/sysfs.h>
 
 #include "bindings_helper.h"
@@ -146,6 +148,18 @@ void pmem_helper_set_page_offline(struct page *page)
 void pmem_helper_clear_page_offline(struct page *page)
 {
 	__ClearPageOffline(page);
+}
+
+/*
+ * KASAN's shadow of memory that comes online has anything in it, until the page allocator gives a
+ * page to somebody. Pages that are held back from it must not wait for that.
+ */
+void pmem_helper_kasan_unpoison_pages(const struct page *page, unsigned long count)
+{
+#ifdef CONFIG_KASAN_GENERIC
+	__memset(kasan_mem_to_shadow(page_address(page)), 0,
+		 count << (PAGE_SHIFT - KASAN_SHADOW_SCALE_SHIFT));
+#endif
 }
 
 void pmem_helper_set_page_dirty(struct page *page)

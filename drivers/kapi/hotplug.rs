@@ -477,6 +477,10 @@ impl Inner {
         }
 
         for (page, count) in self.held().ones(pages.clone()) {
+            // SAFETY: As above; nobody else knows the pages.
+            unsafe {
+                bindings::pmem_helper_kasan_unpoison_pages(self.page(page), count as c_ulong)
+            };
             for page in page..page.wrapping_add(count) {
                 // SAFETY: As above; nobody else knows the page. A mark for `release()`.
                 unsafe { bindings::pmem_helper_set_page_dirty(self.page(page)) };
