@@ -33,8 +33,9 @@ usage: pmem-guest PROGRAM ...
   compare FILE DISK BYTES           compare the first BYTES of both
   blocks-begin LOG                  say in LOG that blocks are zero
   blocks-write DISK LOG COUNT THREADS SEED
-                                    write and discard COUNT blocks until killed, and say so in LOG
-  blocks-check DISK LOG COUNT       after a power loss, compare them with LOG
+                                    write, zero and discard COUNT blocks until killed, and say so in LOG
+  blocks-check DISK LOG COUNT [torn]
+                                    after a power loss, compare them with LOG; `torn` allows for a mix of old and new
   blocks-race DISK COUNT SECONDS    write, discard and read COUNT blocks on many threads, and look what is read
   files-write DIR LOG SEED          write, sync and remove files until killed, and say so in LOG
   files-check DIR LOG               after a power loss, compare them with LOG
@@ -89,7 +90,10 @@ pub fn run(args: &[String]) -> io::Result<()> {
             number(seed)? as u64,
         ),
         ["blocks-check", disk, log, count] => {
-            writers::blocks_check(disk, log, number(count)? as u64)
+            writers::blocks_check(disk, log, number(count)? as u64, false)
+        }
+        ["blocks-check", disk, log, count, "torn"] => {
+            writers::blocks_check(disk, log, number(count)? as u64, true)
         }
         ["blocks-race", disk, count, seconds] => writers::blocks_race(
             disk,

@@ -3,7 +3,8 @@
 //! Writers that know what a power loss may leave of what they wrote.
 //!
 //! Each says in a log, on a disk of its own, what it is about to do, and when that was done. After a power loss, what
-//! was done must be there, and what was under way may be there or not: of a block all or nothing.
+//! was done must be there, and what was under way may be there or not: of a block all or nothing, unless the disk says
+//! otherwise.
 //!
 //! | area of the log | what is in it |
 //! |---|---|
@@ -18,6 +19,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{fallocate, FallocateFlags, OFlags};
@@ -32,9 +35,12 @@ const SECTOR: usize = 512;
 /// The bytes of an area.
 const AREA: u64 = 8 << 20;
 
-/// The most blocks that are written at once, and that are discarded at once.
-const RUN: u64 = 8;
-const DISCARD: u64 = 24;
+/// The most blocks that are written at once: more than the driver takes at once, and more often some.
+const RUN: u64 = 64;
+const SHORT: u64 = 8;
+
+/// What is stored at once, and so never torn.
+const WORD: usize = 8;
 
 /// How many files there are at most, and how long the longest is.
 const FILES: usize = 40;
@@ -123,6 +129,11 @@ impl Area {
         }
     }
 
+    /// Whether it can say of one more thing that it is about to be done, and that it was.
+    fn has_room(&self) -> bool {
+        self.at + 2 * SECTOR as u64 <= self.end
+    }
+
     /// Adds a record, durably.
     fn add(&mut self, record: Record) -> io::Result<()> {
         if self.at >= self.end {
@@ -158,8 +169,8 @@ fn begin(path: &str, state: impl IntoIterator<Item = Record>) -> io::Result<()> 
     log.write_all_at(sector.bytes(), 0)
 }
 
-/// Reads the log, all areas of it, in the order of each.
-fn read(path: &str) -> io::Result<Vec<Record>> {
+/// Reads the areas of a log.
+fn read(path: &str) -> io::Result<Vec<Vec<Record>>> {
     let log = direct(path)?;
     let round = round(&log)?;
     let areas = fs::read_to_string(format!(
@@ -167,35 +178,76 @@ fn read(path: &str) -> io::Result<Vec<Record>> {
         path.trim_start_matches("/dev/")
     ))?;
     let areas = areas.trim().parse::<u64>().unwrap_or(0) * 512 / AREA;
-    let mut records = Vec::new();
+    let mut read = Vec::new();
     let mut piece = Aligned::new(1 << 16);
     for area in 0..areas {
-        let mut number = 0;
+        let mut records = Vec::new();
         let mut at = area * AREA + SECTOR as u64;
         'area: while at < (area + 1) * AREA {
             let len = piece.bytes().len().min(((area + 1) * AREA - at) as usize);
             let bytes = &mut piece.bytes_mut()[..len];
             log.read_exact_at(bytes, at)?;
             for sector in bytes.chunks(SECTOR) {
-                match Record::decode(sector, round, number) {
+                match Record::decode(sector, round, records.len() as u64) {
                     Some(record) => records.push(record),
                     None => break 'area,
                 }
-                number += 1;
             }
             at += len as u64;
         }
+        read.push(records);
     }
-    Ok(records)
+    Ok(read)
 }
 
-/// What is in a block with this tag.
-fn content(block: u64, tag: u64, to: &mut [u8]) {
-    if tag == 0 {
-        to.fill(0);
-    } else {
-        Random::new(mix(tag) ^ block).bytes(to);
+/// How many operations the areas have that were done, and how many that were under way.
+fn count(areas: &[Vec<Record>]) -> (usize, usize) {
+    let written = areas.get(1..).unwrap_or_default();
+    let done = written.iter().flatten().filter(|record| record.done);
+    let last = written.iter().filter_map(|records| records.last());
+    (done.count(), last.filter(|record| !record.done).count())
+}
+
+/// What a writer does that has filled its area.
+fn wait_for_the_power_loss() -> ! {
+    loop {
+        thread::park();
     }
+}
+
+/// What is in a block with this tag: words of which each has a place and a tag where it belongs.
+fn content(block: u64, tag: u64, to: &mut [u8]) {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    if tag == 0 {
+        return to.fill(0);
+    }
+    let mut word = mix(mix(tag) ^ block);
+    let mut words = to.chunks_exact_mut(WORD);
+    for to in &mut words {
+        to.copy_from_slice(&word.to_le_bytes());
+        word = word.wrapping_add(STEP);
+    }
+    for (to, byte) in words.into_remainder().iter_mut().zip(word.to_le_bytes()) {
+        *to = byte;
+    }
+}
+
+/// Whether each word of `data` is that of one of the tags.
+fn is_mix(block: u64, tags: &[u64], data: &[u8]) -> bool {
+    let contents: Vec<_> = tags
+        .iter()
+        .map(|&tag| {
+            let mut bytes = vec![0; data.len()];
+            content(block, tag, &mut bytes);
+            bytes
+        })
+        .collect();
+    (0..data.len()).step_by(WORD).all(|at| {
+        let word = at..(at + WORD).min(data.len());
+        contents
+            .iter()
+            .any(|content| content[word.clone()] == data[word.clone()])
+    })
 }
 
 /// Starts the log of `count` blocks that are zero.
@@ -203,11 +255,12 @@ pub fn blocks_begin(log: &str) -> io::Result<()> {
     begin(log, [])
 }
 
-/// Looks at `count` blocks of `disk` after a power loss, and begins the next round.
-pub fn blocks_check(disk: &str, log: &str, count: u64) -> io::Result<()> {
-    let records = read(log)?;
-    let mut blocks: Vec<Vec<u64>> = vec![vec![0]; count as usize];
-    for record in &records {
+/// Looks at `blocks` blocks of `disk` after a power loss, and begins the next round. With `torn`, a block whose write was
+/// under way may be a mix of old and new, and is written again.
+pub fn blocks_check(disk: &str, log: &str, blocks: u64, torn: bool) -> io::Result<()> {
+    let areas = read(log)?;
+    let mut blocks: Vec<Vec<u64>> = vec![vec![0]; blocks as usize];
+    for record in areas.iter().flatten() {
         for block in record.first..record.first + record.len {
             let Some(may) = blocks.get_mut(block as usize) else {
                 return Err(io::Error::other(format!("the log has block {block}")));
@@ -222,24 +275,35 @@ pub fn blocks_check(disk: &str, log: &str, count: u64) -> io::Result<()> {
     let disk = direct(disk)?;
     let (mut data, mut wanted) = (Aligned::new(BLOCK), vec![0; BLOCK]);
     let (mut state, mut wrong) = (Vec::new(), Vec::new());
-    let (mut old, mut new) = (0, 0);
+    let (mut old, mut new, mut mixed) = (0, 0, 0);
     for (block, may) in (0..).zip(&blocks) {
-        disk.read_exact_at(data.bytes_mut(), block * BLOCK as u64)?;
+        let at = block * BLOCK as u64;
+        disk.read_exact_at(data.bytes_mut(), at)?;
         let found = may.iter().position(|&tag| {
             content(block, tag, &mut wanted);
             data.bytes() == wanted
         });
+        let mut is = |tag| {
+            state.push(Record {
+                done: true,
+                first: block,
+                len: 1,
+                tag,
+            });
+        };
         match found {
             Some(n) => {
                 if may.len() > 1 {
                     *(if n == 0 { &mut old } else { &mut new }) += 1;
                 }
-                state.push(Record {
-                    done: true,
-                    first: block,
-                    len: 1,
-                    tag: may[n],
-                });
+                is(may[n]);
+            }
+            None if torn && is_mix(block, may, data.bytes()) => {
+                mixed += 1;
+                let tag = may[may.len() - 1];
+                content(block, tag, data.bytes_mut());
+                disk.write_all_at(data.bytes(), at)?;
+                is(tag);
             }
             None => {
                 // The first word that is not the one of the last write shows how much of it is there.
@@ -256,65 +320,82 @@ pub fn blocks_check(disk: &str, log: &str, count: u64) -> io::Result<()> {
     if !wrong.is_empty() {
         return Err(io::Error::other(wrong.join("\n")));
     }
+    // How many writes the power loss came in the middle of.
+    let written = areas.get(1..).unwrap_or_default();
+    let last = written.iter().filter_map(|records| records.last());
+    let parts = last
+        .filter(|record| {
+            let (first, end) = (record.first as usize, (record.first + record.len) as usize);
+            let new = state[first..end].iter().filter(|of| of.tag == record.tag);
+            !record.done && (1..record.len as usize).contains(&new.count())
+        })
+        .count();
     begin(log, state)?;
-    let done = records.iter().filter(|record| record.done).count();
-    println!("{}", json!({ "done": done, "old": old, "new": new }));
+    let (done, begun) = count(&areas);
+    println!(
+        "{}",
+        json!({ "done": done, "begun": begun, "parts": parts, "old": old, "new": new, "mixed": mixed })
+    );
     Ok(())
 }
 
-/// Writes and discards blocks of `disk`, of which there are `count`, until it is killed.
+/// Writes, zeroes and discards blocks of `disk`, of which there are `count`, until it is killed.
 pub fn blocks_write(disk: &str, log: &str, count: u64, threads: u64, seed: u64) -> io::Result<()> {
     let share = count / threads.max(1);
-    let workers: Vec<_> = (0..threads)
-        .map(|n| {
-            let (disk, log) = (direct(disk)?, direct(log)?);
-            let round = round(&log)?;
-            let mut area = Area::new(log, n + 1, round);
-            let mut random = Random::new(seed * 64 + n);
-            Ok(std::thread::spawn(move || -> io::Result<()> {
-                let mut data = Aligned::new(BLOCK * RUN as usize);
-                let mut next = 1;
-                loop {
-                    let discards = random.next() % 5 == 0;
-                    let most = if discards { DISCARD } else { RUN };
-                    let len = random.next() % most + 1;
-                    let first = n * share + random.next() % (share - len + 1);
-                    let tag = if discards {
-                        0
-                    } else {
-                        round << 32 | n << 24 | next
-                    };
-                    next += 1;
-                    let mut record = Record {
-                        done: false,
-                        first,
-                        len,
-                        tag,
-                    };
-                    area.add(record)?;
-                    let (at, bytes) = (first * BLOCK as u64, len * BLOCK as u64);
-                    if discards {
-                        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                        fallocate(&disk, how, at, bytes)?;
-                    } else {
-                        let data = &mut data.bytes_mut()[..bytes as usize];
-                        for (block, bytes) in (first..).zip(data.chunks_mut(BLOCK)) {
-                            content(block, tag, bytes);
-                        }
-                        disk.write_all_at(data, at)?;
-                    }
-                    record.done = true;
-                    area.add(record)?;
+    let (to, ended) = mpsc::channel();
+    for n in 0..threads {
+        let (disk, log) = (direct(disk)?, direct(log)?);
+        let round = round(&log)?;
+        let mut area = Area::new(log, n + 1, round);
+        let mut random = Random::new(seed * 64 + n);
+        let mut write = move || -> io::Result<()> {
+            let mut data = Aligned::new(BLOCK * RUN as usize);
+            let mut next = 1;
+            while area.has_room() {
+                let zeroes = match random.next() % 10 {
+                    // To the disk both are zeroes: those that need no page, and those that keep theirs.
+                    0 | 1 => Some(FallocateFlags::PUNCH_HOLE),
+                    2 => Some(FallocateFlags::ZERO_RANGE),
+                    _ => None,
+                };
+                let most = if random.next() % 3 == 0 { RUN } else { SHORT };
+                let len = random.next() % most.min(share) + 1;
+                let first = n * share + random.next() % (share - len + 1);
+                let tag = match zeroes {
+                    Some(_) => 0,
+                    None => round << 32 | n << 24 | next,
+                };
+                next += 1;
+                let (at, bytes) = (first * BLOCK as u64, len * BLOCK as u64);
+                let data = &mut data.bytes_mut()[..bytes as usize];
+                // Before the write is under way, so that the power is likely to be lost in it.
+                for (block, bytes) in (first..).zip(data.chunks_mut(BLOCK)) {
+                    content(block, tag, bytes);
                 }
-            }))
-        })
-        .collect::<io::Result<_>>()?;
-    for worker in workers {
-        worker
-            .join()
-            .map_err(|_| io::Error::other("a writer has panicked"))??;
+                let mut record = Record {
+                    done: false,
+                    first,
+                    len,
+                    tag,
+                };
+                area.add(record)?;
+                match zeroes {
+                    Some(how) => fallocate(&disk, how | FallocateFlags::KEEP_SIZE, at, bytes)?,
+                    None => disk.write_all_at(data, at)?,
+                }
+                record.done = true;
+                area.add(record)?;
+            }
+            wait_for_the_power_loss()
+        };
+        let to = to.clone();
+        thread::spawn(move || to.send(write()));
     }
-    Ok(())
+    drop(to);
+    // None ends unless it fails.
+    ended
+        .recv()
+        .unwrap_or_else(|_| Err(io::Error::other("the writers have panicked")))
 }
 
 /// Writes, discards and reads the same `count` blocks of `disk` on several threads at once, and looks whether each read
@@ -325,7 +406,7 @@ pub fn blocks_race(disk: &str, count: u64, time: Duration) -> io::Result<()> {
     let workers: Vec<_> = (0..THREADS)
         .map(|n| {
             let disk = direct(disk)?;
-            Ok(std::thread::spawn(move || -> io::Result<(u64, u64)> {
+            Ok(thread::spawn(move || -> io::Result<(u64, u64)> {
                 let mut random = Random::new(n);
                 let mut data = Aligned::new(BLOCK);
                 let (mut ops, mut zero) = (0, 0);
@@ -387,43 +468,74 @@ fn path(dir: &str, number: u64) -> PathBuf {
     Path::new(dir).join(number.to_string())
 }
 
+/// The files of `dir` that the writer makes.
+fn files(dir: &str) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        found.extend(name.to_str().and_then(|name| name.parse::<u64>().ok()));
+    }
+    Ok(found)
+}
+
 /// Looks at the files of `dir` after a power loss, removes those that need not be there, and begins the next round.
 pub fn files_check(dir: &str, log: &str) -> io::Result<()> {
-    let records = read(log)?;
+    let areas = read(log)?;
     // What is done of each file, and what may be instead.
-    let mut files: BTreeMap<u64, (Option<Record>, bool)> = BTreeMap::new();
-    for record in &records {
-        let (done, under_way) = files.entry(record.first).or_default();
+    let mut known: BTreeMap<u64, (Option<Record>, bool)> = BTreeMap::new();
+    for record in areas.iter().flatten() {
+        let (done, under_way) = known.entry(record.first).or_default();
         if record.done {
             *done = (record.tag != 0).then_some(*record);
         }
         *under_way = !record.done;
     }
     let mut state = Vec::new();
-    for (&number, &(done, under_way)) in &files {
+    let (mut old, mut new) = (0, 0);
+    for (&number, &(done, under_way)) in &known {
         let path = path(dir, number);
-        let fault = |what: &str| io::Error::other(format!("{}: {what}", path.display()));
-        match (fs::read(&path), done) {
-            (Ok(data), Some(record)) => {
+        let fault = |what: &str| Err(io::Error::other(format!("{}: {what}", path.display())));
+        let found = match fs::read(&path) {
+            Ok(data) => Some(data),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return fault(&error.to_string()),
+        };
+        if under_way {
+            *(if found.is_some() == done.is_some() {
+                &mut old
+            } else {
+                &mut new
+            }) += 1;
+        }
+        match (found, done) {
+            (Some(data), Some(record)) => {
                 let mut wanted = vec![0; record.len as usize];
                 content(number, record.tag, &mut wanted);
                 if data != wanted {
-                    return Err(fault("it was synced, and has changed"));
+                    return fault("it was synced, and has changed");
                 }
                 state.push(record);
             }
-            (Err(error), Some(_)) if !under_way => return Err(fault(&error.to_string())),
-            (Ok(_), None) if !under_way => return Err(fault("it was removed, and is there")),
-            // It was not synced, or was being removed.
-            (Ok(_), None) => fs::remove_file(&path)?,
-            (Err(_), _) => {}
+            (None, Some(_)) if !under_way => return fault("it was synced, and is not there"),
+            (Some(_), None) if !under_way => return fault("it was removed, and is there"),
+            // It was not synced.
+            (Some(_), None) => fs::remove_file(&path)?,
+            (None, _) => {}
         }
     }
     File::open(dir)?.sync_all()?;
-    let count = state.len();
+    let (there, wanted) = (files(dir)?.len(), state.len());
+    if there != wanted {
+        return Err(io::Error::other(format!(
+            "{there} files are there, and {wanted} were made"
+        )));
+    }
     begin(log, state)?;
-    let done = records.iter().filter(|record| record.done).count();
-    println!("{}", json!({ "done": done, "files": count }));
+    let (done, begun) = count(&areas);
+    println!(
+        "{}",
+        json!({ "done": done, "begun": begun, "parts": 0, "old": old, "new": new, "mixed": 0 })
+    );
     Ok(())
 }
 
@@ -433,12 +545,10 @@ pub fn files_write(dir: &str, log: &str, seed: u64) -> io::Result<()> {
     let round = round(&log)?;
     let mut area = Area::new(log, 1, round);
     let mut random = Random::new(seed);
-    let mut there: Vec<u64> = fs::read_dir(dir)?
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
+    let mut there = files(dir)?;
+    let mut data = vec![0; FILE as usize];
     let mut next = 1;
-    loop {
+    while area.has_room() {
         let removes = there.len() >= FILES || (!there.is_empty() && random.next() % 3 == 0);
         let mut record = if removes {
             let number = there.swap_remove((random.next() % there.len() as u64) as usize);
@@ -458,15 +568,15 @@ pub fn files_write(dir: &str, log: &str, seed: u64) -> io::Result<()> {
                 tag,
             }
         };
+        let data = &mut data[..record.len as usize];
+        content(record.first, record.tag, data);
         area.add(record)?;
         let path = path(dir, record.first);
         if removes {
             fs::remove_file(&path)?;
         } else {
-            let mut data = vec![0; record.len as usize];
-            content(record.first, record.tag, &mut data);
             let file = File::create(&path)?;
-            file.write_all_at(&data, 0)?;
+            file.write_all_at(data, 0)?;
             file.sync_all()?;
             there.push(record.first);
         }
@@ -474,6 +584,7 @@ pub fn files_write(dir: &str, log: &str, seed: u64) -> io::Result<()> {
         record.done = true;
         area.add(record)?;
     }
+    wait_for_the_power_loss()
 }
 
 #[cfg(test)]
@@ -513,5 +624,50 @@ mod tests {
         assert_eq!(of(3, 9), of(3, 9));
         assert_ne!(of(3, 9), of(2, 9));
         assert_ne!(of(3, 9), of(3, 8));
+        let (a, b) = (of(3, 9), of(3, 8));
+        let mut words: Vec<_> = a.chunks(WORD).chain(b.chunks(WORD)).collect();
+        words.sort_unstable();
+        words.dedup();
+        assert_eq!(words.len(), 2 * BLOCK / WORD, "a mix could not be told");
+    }
+
+    /// A torn block is not any block.
+    #[test]
+    fn a_mix_is_of_what_it_may_be() {
+        let of = |tag| {
+            let mut bytes = vec![0; BLOCK];
+            content(3, tag, &mut bytes);
+            bytes
+        };
+        let mut data = of(9);
+        data[128..1024].copy_from_slice(&of(8)[128..1024]);
+        assert!(is_mix(3, &[8, 9], &data));
+        assert!(!is_mix(3, &[9], &data));
+        assert!(!is_mix(2, &[8, 9], &data));
+        data[500] ^= 1;
+        assert!(!is_mix(3, &[8, 9], &data));
+        data[496..504].fill(0);
+        assert!(!is_mix(3, &[8, 9], &data));
+        assert!(is_mix(3, &[0, 8, 9], &data));
+    }
+
+    /// What the writers have done is what there was not before.
+    #[test]
+    fn operations_are_counted() {
+        let record = |done| Record {
+            done,
+            first: 7,
+            len: 3,
+            tag: 1,
+        };
+        let [begun, done] = [record(false), record(true)];
+        let areas = [
+            vec![done; 5],
+            vec![begun, done, begun, done],
+            vec![begun, done, begun],
+            vec![],
+        ];
+        assert_eq!(count(&areas), (3, 1));
+        assert_eq!(count(&[]), (0, 0));
     }
 }

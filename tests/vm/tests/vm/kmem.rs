@@ -225,6 +225,15 @@ impl<'a> Hog<'a> {
     }
 }
 
+/// A number in what a program of the guest prints as JSON.
+fn count(text: &str, name: &str) -> Result<u64> {
+    let Some((_, rest)) = text.split_once(&format!("\"{name}\":")) else {
+        bail!("no {name} in {text}");
+    };
+    let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
+    Ok(digits.unwrap_or_default().parse()?)
+}
+
 /// What is in the pages of the disk.
 #[derive(Debug, PartialEq, Eq)]
 struct Census {
@@ -236,16 +245,9 @@ struct Census {
 /// Reads all of the disk, and counts pages with `word` in them.
 fn census(vm: &Vm, word: u64) -> Result<Census> {
     let text = vm.sh(&format!("pmem-guest census /dev/kmem1 {word}"))?;
-    let count = |name: &str| -> Result<u64> {
-        let Some((_, rest)) = text.split_once(&format!("\"{name}\":")) else {
-            bail!("no {name} in {text}");
-        };
-        let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
-        Ok(digits.unwrap_or_default().parse()?)
-    };
     Ok(Census {
-        zero: count("zero")?,
-        word: count("word")?,
-        other: count("other")?,
+        zero: count(&text, "zero")?,
+        word: count(&text, "word")?,
+        other: count(&text, "other")?,
     })
 }

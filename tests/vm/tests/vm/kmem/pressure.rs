@@ -5,7 +5,7 @@
 use super::{groups, load_movable, ram, set_state, take_down, Hog, PAGE};
 use anyhow::{ensure, Result};
 use std::time::Duration;
-use vm_tests::{boot, stock, End, MIB};
+use vm_tests::{boot, load, stock, End, MIB};
 use xtask::vm::Vm;
 
 /// So small that it is full soon.
@@ -119,6 +119,32 @@ fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
         ensure!(write(vm, 0, 240)?, "there is room again");
         compare(vm, 240)?;
         take_down(vm)
+    })
+}
+
+/// In a zone for everybody the kernel's own objects keep some pages for good, and nothing else keeps any.
+#[test]
+fn a_disk_can_be_nearly_full_among_memory_of_the_kernel() -> Result<()> {
+    boot(stock()?, |vm| {
+        vm.write("/sys/devices/system/memory/auto_online_blocks", b"online")?;
+        load(vm, SMALL)?;
+        assert_eq!(ram(vm)?, BLOCKS);
+        // Far more than a machine needs that does nothing else; watermarks of the zone would keep more.
+        let most = BLOCKS - BLOCKS / 200;
+        for seed in [1, 2] {
+            vm.sh_for(
+                &format!(
+                    "pmem-guest fill /tmp/x {size} {seed}
+                     dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct
+                     pmem-guest compare /tmp/x /dev/kmem1 {size}",
+                    size = most * PAGE
+                ),
+                GUARD,
+            )?;
+        }
+        vm.sh("blkdiscard /dev/kmem1")?;
+        assert_eq!(ram(vm)?, BLOCKS);
+        Ok(())
     })
 }
 

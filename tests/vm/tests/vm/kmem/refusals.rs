@@ -9,7 +9,8 @@ use super::{
 use anyhow::{ensure, Context, Result};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use vm_tests::{boot, load, stock, unload, Persistent, Trace, Use, MIB, UPPER};
+use vm_tests::{boot, load, machine, stock, unload, wanted, Persistent, Trace, Use, MIB, UPPER};
+use xtask::flavour::Flavour;
 use xtask::vm::{Vm, PMEM_KO};
 
 /// Loads the driver, which must refuse with `errno` and say all of `needles`.
@@ -505,6 +506,95 @@ fn a_damaged_copy_of_the_superblock_is_repaired() -> Result<()> {
             vm,
             "kmem_start=4G kmem_size=128M kmem_format=blk kmem_format_force=1",
         )?;
+        take_down(vm)
+    })
+}
+
+/// A device that adds memory when it is asked to; this one is not, and its driver wants the page callback all the same.
+const VIRTIO_MEM: &[&str] = &[
+    "-m",
+    "slots=1,maxmem=8G",
+    "-object",
+    "memory-backend-ram,id=more,size=1G",
+    "-device",
+    "virtio-mem-pci,memdev=more,node=0,requested-size=0",
+];
+
+/// The kernel has one callback for pages that come online. Who comes second is told so, and who has it is not harmed.
+#[test]
+fn virtio_mem_and_a_range_exclude_each_other() -> Result<()> {
+    if !wanted(Flavour::Cloud)? {
+        return Ok(());
+    }
+    let machine = machine(Flavour::Cloud)?
+        .qemu(VIRTIO_MEM)
+        .module("virtio_mem");
+    boot(machine, |vm| {
+        const BOUND: &str = "ls /sys/bus/virtio/drivers/virtio_mem | grep -c ^virtio || true";
+        let bound = |wanted: u32| -> Result<()> {
+            let found: u32 = vm.sh(BOUND)?.trim().parse()?;
+            ensure!(
+                found == wanted,
+                "virtio_mem has {found} devices: {}",
+                vm.dmesg()?
+            );
+            Ok(())
+        };
+        bound(1)?;
+        vm.insmod(PMEM_KO, "")?.unwrap_err();
+        prepare(vm)?;
+        let before = Trace::of(vm)?;
+        // Twice: what is there by now is a superblock.
+        for params in [BLK, "kmem_start=4G kmem_size=1G"] {
+            refused(
+                vm,
+                params,
+                EBUSY,
+                &["another driver, such as virtio-mem", "unload it"],
+            )?;
+            Trace::of(vm)?.check(&before)?;
+            assert_eq!(meminfo(vm, 1, "MemTotal")?, 0);
+        }
+
+        // What the message says helps.
+        let unload_other = || {
+            vm.rmmod("virtio_mem")?
+                .context("virtio_mem does not unload")
+        };
+        unload_other()?;
+        load(vm, BLK)?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+
+        // An unplugged range leaves the callback to others.
+        set_state(vm, "unplugged")?;
+        let load_other = || {
+            vm.insmod("/modules/virtio_mem.ko", "")?
+                .context("virtio_mem does not load")
+        };
+        load_other()?;
+        bound(1)?;
+        let error = try_state(vm, "online")?.expect_err("both have the callback");
+        assert_eq!(error.errno, EBUSY, "{error}");
+        unload_other()?;
+        set_state(vm, "online")?;
+        vm.sh("pmem-guest compare /tmp/x /dev/kmem1 1048576")?;
+
+        // And now the other driver loads, but cannot have its device.
+        forget(vm)?;
+        load_other()?;
+        bound(0)?;
+        ensure!(
+            vm.dmesg()?.contains("probe with driver virtio_mem failed"),
+            "{}",
+            vm.dmesg()?
+        );
+        assert_eq!(ram(vm)?, BLOCKS - 256);
+        for state in ["offline", "online"] {
+            set_state(vm, state)?;
+        }
+        unload_other()?;
+        assert_eq!(ram(vm)?, BLOCKS - 256);
+        vm.sh("pmem-guest compare /tmp/x /dev/kmem1 1048576")?;
         take_down(vm)
     })
 }
