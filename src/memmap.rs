@@ -8,17 +8,62 @@
 //! | `pmem_size`  | its length                          | none    |
 //! | `pmem_count` | how many disks it is split into     | 1       |
 //! | `pmem_lbs`   | (one for all) logical block size    | 512     |
+//! | `pmem_cache` | how it is mapped: wb, wt, wc, uc    | wb      |
+//! | `pmem_memmap` | where its struct pages are: ram, dev | ram    |
+//! | `pmem_copy`  | (one for all) auto, nt or wb        | auto    |
+//! | `pmem_e820`  | (one for all) whether ranges of the firmware are used, too | 0 |
 //! | `pmem_first` | (one for all) number of first disk  | 0       |
 //!
-//! A `pmem_count` of one element counts for each range.
+//! Where there may be one element for each range, a single one counts for each, but for `pmem_start`
+//! and `pmem_size`. Where the CPU has no way to write its cache back, `pmem_cache` is wt by default.
 
 use super::{
-    range::{self, PhysRange, Split},
+    persist::{
+        Cache,
+        CopyPolicy, //
+    },
+    range::{
+        self,
+        PhysRange,
+        Split, //
+    },
     size,
 };
 use core::fmt;
 
-/// The values of the parameters.
+/// Where the struct pages of a range are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StructPages {
+    /// In ordinary memory, 1/64 of the size of the range.
+    #[default]
+    Ram,
+    /// On the range itself.
+    Dev,
+}
+
+impl StructPages {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Ram, Self::Dev];
+
+    /// Its name, as in `pmem_memmap=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ram => "ram",
+            Self::Dev => "dev",
+        }
+    }
+}
+
+/// How a range is to be served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mode {
+    /// How it is mapped.
+    pub cache: Cache,
+    /// Where its struct pages are, if it has some.
+    pub struct_pages: StructPages,
+}
+
+/// The values of the parameters; by default no range.
 #[derive(Clone, Copy, Debug)]
 pub struct Params<'a> {
     /// `pmem_start`.
@@ -31,6 +76,30 @@ pub struct Params<'a> {
     pub lbs: &'a str,
     /// `pmem_first`.
     pub first: &'a str,
+    /// `pmem_cache`.
+    pub cache: &'a str,
+    /// `pmem_memmap`.
+    pub memmap: &'a str,
+    /// `pmem_copy`.
+    pub copy: &'a str,
+    /// `pmem_e820`.
+    pub e820: &'a str,
+}
+
+impl Default for Params<'_> {
+    fn default() -> Self {
+        Self {
+            start: "",
+            size: "",
+            count: "1",
+            lbs: "512",
+            first: "0",
+            cache: "",
+            memmap: StructPages::Ram.name(),
+            copy: CopyPolicy::Auto.name(),
+            e820: "0",
+        }
+    }
 }
 
 /// Why the parameters are refused.
@@ -75,6 +144,17 @@ pub enum Error<'a> {
     LogicalBlockSize(&'a str),
     /// There are more disks than numbers for them.
     TooManyDisks,
+    /// An element is none of the words that are offered.
+    Word {
+        /// The parameter's name.
+        param: &'static str,
+        /// The element.
+        value: &'a str,
+        /// The words, as in a sentence.
+        words: &'static str,
+    },
+    /// Struct pages are to be on a range that has none, by how it is mapped.
+    NoStructPages(Cache),
 }
 
 impl fmt::Display for Error<'_> {
@@ -125,6 +205,21 @@ impl fmt::Display for Error<'_> {
                 "pmem_first plus all of pmem_count is more than {}; lower one of them",
                 u32::MAX
             ),
+            Self::Word {
+                param,
+                value,
+                words,
+            } => write!(
+                f,
+                "{param}={}: unknown; write {words}",
+                value.escape_default()
+            ),
+            Self::NoStructPages(cache) => write!(
+                f,
+                "pmem_memmap=dev with pmem_cache={}: only a range that is mapped wb has struct \
+                 pages; write ram, or change pmem_cache",
+                cache.name()
+            ),
         }
     }
 }
@@ -142,6 +237,8 @@ pub struct Config<'a> {
     params: Params<'a>,
     logical_block_size: u32,
     first: u32,
+    copy: CopyPolicy,
+    e820: bool,
 }
 
 impl<'a> Config<'a> {
@@ -160,10 +257,9 @@ impl<'a> Config<'a> {
     ///     start: "4G,16G",
     ///     size: "2GiB,8GiB",
     ///     count: "1,4",
-    ///     lbs: "512",
-    ///     first: "0",
+    ///     ..Params::default()
     /// };
-    /// let disks: u32 = Config::new(params)?.ranges().map(|(_, split)| split.count()).sum();
+    /// let disks: u32 = Config::new(params)?.ranges().map(|(_, split, _)| split.count()).sum();
     /// assert_eq!(disks, 5);
     ///
     /// let error = Config::new(Params { size: "2GiB", ..params }).unwrap_err();
@@ -175,7 +271,13 @@ impl<'a> Config<'a> {
     /// # Ok::<(), pmem_core::memmap::Error<'_>>(())
     /// ```
     pub fn new(params: Params<'a>) -> Result<Self, Error<'a>> {
-        if params.start.trim_end().is_empty() && params.size.trim_end().is_empty() {
+        let e820 = word(
+            "pmem_e820",
+            params.e820,
+            "1 or 0",
+            [("1", true), ("0", false)],
+        )?;
+        if is_nothing(&params) && !e820 {
             return Err(Error::NoRange);
         }
 
@@ -190,13 +292,23 @@ impl<'a> Config<'a> {
             error,
         })?;
 
-        let lengths = |list| size::list(list).count();
+        let copy = word(
+            "pmem_copy",
+            params.copy,
+            "auto, nt or wb",
+            CopyPolicy::ALL.map(|policy| (policy.name(), policy)),
+        )?;
+
+        let nothing = is_nothing(&params);
+        let lengths = |list| if nothing { 0 } else { size::list(list).count() };
         let ranges = lengths(params.start);
         for (param, elements) in [
             ("pmem_size", lengths(params.size)),
-            ("pmem_count", lengths(params.count)),
+            ("pmem_count", size::list(params.count).count()),
+            ("pmem_cache", size::list(params.cache).count()),
+            ("pmem_memmap", size::list(params.memmap).count()),
         ] {
-            let one_for_all = param == "pmem_count" && elements == 1;
+            let one_for_all = param != "pmem_size" && elements == 1;
             if elements != ranges && !one_for_all {
                 return Err(Error::Length {
                     param,
@@ -208,8 +320,8 @@ impl<'a> Config<'a> {
 
         let mut disks = first;
         for (i, item) in parse(params).enumerate() {
-            let (range, split) = item?;
-            for (other, _) in parse(params).take(i).flatten() {
+            let (range, split, _) = item?;
+            for (other, ..) in parse(params).take(i).flatten() {
                 if range.overlaps(&other) {
                     return Err(Error::Overlap(other, range));
                 }
@@ -224,12 +336,35 @@ impl<'a> Config<'a> {
             params,
             logical_block_size,
             first,
+            copy,
+            e820,
         })
     }
 
-    /// The ranges, in the order of the parameters, and how each is split into disks.
-    pub fn ranges(&self) -> impl Iterator<Item = (PhysRange, Split)> + 'a {
+    /// The ranges, in the order of the parameters, how each is split into disks, and how these are
+    /// to be served.
+    pub fn ranges(&self) -> impl Iterator<Item = (PhysRange, Split, Mode)> + 'a {
         parse(self.params).flatten()
+    }
+
+    /// Whether ranges of the firmware are used, too.
+    pub fn e820(&self) -> bool {
+        self.e820
+    }
+
+    /// How ranges of the firmware are to be served: as all others are, if that is one way.
+    pub fn e820_mode(&self) -> Mode {
+        let only = |list: &'a str| Some(list).filter(|list| size::list(list).count() == 1);
+        let mode = mode(
+            only(self.params.cache).unwrap_or_default(),
+            only(self.params.memmap).unwrap_or(StructPages::Ram.name()),
+        );
+        mode.unwrap_or_default()
+    }
+
+    /// How bytes get into the ranges.
+    pub fn copy(&self) -> CopyPolicy {
+        self.copy
     }
 
     /// Logical block size of the disks in bytes, 512 or 4096.
@@ -254,14 +389,67 @@ pub(super) fn one_or_each(list: &str) -> impl Iterator<Item = &str> {
     size::list(list).chain(core::iter::from_fn(move || one_for_all))
 }
 
+/// Whether no range is given.
+fn is_nothing(params: &Params<'_>) -> bool {
+    params.start.trim_end().is_empty() && params.size.trim_end().is_empty()
+}
+
+/// Reads one of `words`, each with what it means; `all` has them as in a sentence.
+fn word<'a, T, const N: usize>(
+    param: &'static str,
+    value: &'a str,
+    all: &'static str,
+    words: [(&str, T); N],
+) -> Result<T, Error<'a>> {
+    words
+        .into_iter()
+        .find_map(|(word, meaning)| (word == value.trim_end()).then_some(meaning))
+        .ok_or(Error::Word {
+            param,
+            value,
+            words: all,
+        })
+}
+
+/// Reads how a range is to be served.
+fn mode<'a>(cache: &'a str, memmap: &'a str) -> Result<Mode, Error<'a>> {
+    let cache = if cache.trim_end().is_empty() {
+        Cache::default()
+    } else {
+        word(
+            "pmem_cache",
+            cache,
+            "wb, wt, wc or uc",
+            Cache::ALL.map(|cache| (cache.name(), cache)),
+        )?
+    };
+    let struct_pages = word(
+        "pmem_memmap",
+        memmap,
+        "ram or dev",
+        StructPages::ALL.map(|place| (place.name(), place)),
+    )?;
+    if struct_pages == StructPages::Dev && cache != Cache::WriteBack {
+        return Err(Error::NoStructPages(cache));
+    }
+    Ok(Mode {
+        cache,
+        struct_pages,
+    })
+}
+
 /// Reads the lists, which are of one length, element by element.
 fn parse<'a>(
     params: Params<'a>,
-) -> impl Iterator<Item = Result<(PhysRange, Split), Error<'a>>> + 'a {
+) -> impl Iterator<Item = Result<(PhysRange, Split, Mode), Error<'a>>> + 'a {
+    let count = if is_nothing(&params) { 0 } else { usize::MAX };
     size::list(params.start)
+        .take(count)
         .zip(size::list(params.size))
         .zip(one_or_each(params.count))
-        .map(|((start, size), count)| {
+        .zip(one_or_each(params.cache))
+        .zip(one_or_each(params.memmap))
+        .map(|((((start, size), count), cache), memmap)| {
             let bytes = |param, value| {
                 size::parse(value).map_err(|error| Error::Number {
                     param,
@@ -277,9 +465,10 @@ fn parse<'a>(
             let first = bytes("pmem_start", start)?;
             let len = bytes("pmem_size", size)?;
             let disks = disks?;
+            let mode = mode(cache, memmap)?;
 
             PhysRange::new(first, len)
-                .and_then(|range| Ok((range, range::split(range, disks)?)))
+                .and_then(|range| Ok((range, range::split(range, disks)?, mode)))
                 .map_err(|error| Error::Range {
                     start,
                     size,
@@ -300,6 +489,10 @@ mod tests {
         count: "1",
         lbs: "512",
         first: "0",
+        cache: "",
+        memmap: "ram",
+        copy: "auto",
+        e820: "0",
     };
 
     fn disks(params: Params<'_>) -> Option<u64> {
@@ -307,7 +500,7 @@ mod tests {
             Config::new(params)
                 .ok()?
                 .ranges()
-                .map(|(_, split)| u64::from(split.count()))
+                .map(|(_, split, _)| u64::from(split.count()))
                 .sum(),
         )
     }
@@ -410,5 +603,61 @@ mod tests {
             }),
             None
         );
+    }
+
+    #[test]
+    fn modes_are_for_each_range_or_for_all() {
+        let mode = |cache, struct_pages| Mode {
+            cache,
+            struct_pages,
+        };
+        let modes = |cache, memmap| -> Option<[Mode; 2]> {
+            let params = Params {
+                start: "4G,16G",
+                size: "2G,8G",
+                cache,
+                memmap,
+                ..GOOD
+            };
+            let config = Config::new(params).ok()?;
+            let mut modes = config.ranges().map(|(_, _, mode)| mode);
+            Some([modes.next()?, modes.next()?])
+        };
+        let default = Mode::default();
+        let dev = mode(Cache::WriteBack, StructPages::Dev);
+        assert_eq!(modes("", "ram"), Some([default, default]));
+        assert_eq!(modes("wb", "dev"), Some([dev, dev]));
+        assert_eq!(
+            modes("wb,uc", "dev,ram"),
+            Some([dev, mode(Cache::Uncached, StructPages::Ram)])
+        );
+        assert_eq!(modes("wb,uc", "dev"), None);
+        assert_eq!(modes("wb,uc,wc", "ram"), None);
+        assert_eq!(modes("WB", "ram"), None);
+        assert_eq!(modes("wb", "1"), None);
+    }
+
+    #[test]
+    fn ranges_of_the_firmware_need_no_others() {
+        let e820 = Params {
+            start: "",
+            size: "",
+            e820: "1",
+            ..GOOD
+        };
+        let config = Config::new(Params {
+            cache: "wc\n",
+            ..e820
+        });
+        assert!(config.is_ok_and(|config| config.e820()
+            && config.ranges().count() == 0
+            && config.e820_mode().cache == Cache::WriteCombining));
+        assert!(Config::new(Params { e820: "2", ..e820 }).is_err());
+        assert!(Config::new(Params { e820: "0", ..e820 }).is_err());
+        assert!(Config::new(Params {
+            cache: "wc,wb",
+            ..e820
+        })
+        .is_err());
     }
 }

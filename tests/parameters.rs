@@ -13,13 +13,7 @@ const GIB: u64 = 1 << 30;
 
 /// Reads a line as it stands behind `insmod pmem.ko`.
 fn params(line: &str) -> Params<'_> {
-    let mut params = Params {
-        start: "",
-        size: "",
-        count: "1",
-        lbs: "512",
-        first: "0",
-    };
+    let mut params = Params::default();
     for (name, value) in line.split_whitespace().filter_map(|p| p.split_once('=')) {
         *match name {
             "pmem_start" => &mut params.start,
@@ -27,6 +21,10 @@ fn params(line: &str) -> Params<'_> {
             "pmem_count" => &mut params.count,
             "pmem_lbs" => &mut params.lbs,
             "pmem_first" => &mut params.first,
+            "pmem_cache" => &mut params.cache,
+            "pmem_memmap" => &mut params.memmap,
+            "pmem_copy" => &mut params.copy,
+            "pmem_e820" => &mut params.e820,
             _ => panic!("no parameter {name}"),
         } = value;
     }
@@ -38,7 +36,7 @@ fn disks(line: &str) -> Vec<(u64, u64)> {
     Config::new(params(line))
         .unwrap()
         .ranges()
-        .flat_map(|(_, split)| split.disks().collect::<Vec<_>>())
+        .flat_map(|(_, split, _)| split.disks().collect::<Vec<_>>())
         .map(|disk| (disk.start(), disk.size()))
         .collect()
 }
@@ -199,7 +197,7 @@ proptest! {
     fn no_text_panics(
         start in ".{0,40}", size in ".{0,40}", count in ".{0,20}", lbs in ".{0,8}", first in ".{0,12}",
     ) {
-        let params = Params { start: &start, size: &size, count: &count, lbs: &lbs, first: &first };
+        let params = Params { start: &start, size: &size, count: &count, lbs: &lbs, first: &first, ..Params::default() };
         if let Err(error) = Config::new(params) {
             prop_assert!(!error.to_string().is_empty());
         }
@@ -214,7 +212,7 @@ proptest! {
         };
         let start = list(&mut ranges.iter().map(|r| r.0));
         let size = list(&mut ranges.iter().map(|r| r.1));
-        let params = Params { start: &start, size: &size, count: "1", lbs: "512", first: "0" };
+        let params = Params { start: &start, size: &size, ..Params::default() };
 
         let mut sorted = ranges.clone();
         sorted.sort_unstable();

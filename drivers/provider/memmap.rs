@@ -81,6 +81,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
         count: text("pmem_count", PMEM_COUNT.get())?,
         lbs: text("pmem_lbs", PMEM_LBS.get())?,
         first: text("pmem_first", PMEM_FIRST.get())?,
+        ..Params::default()
     }) {
         Ok(config) => config,
         Err(memmap::Error::NoRange) => return Ok(Prepared(KVec::new())),
@@ -103,7 +104,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
     };
     let mut prepared = KVec::new();
     let mut number = config.first();
-    for (range, split) in config.ranges() {
+    for (range, split, _) in config.ranges() {
         let region = claim(range)?;
         tell_left_over(range, &split);
         for part in split.disks() {

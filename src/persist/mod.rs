@@ -43,6 +43,76 @@ pub const LINE: usize = 64;
 /// all.
 pub const GRANULE: usize = 8;
 
+/// How the CPUs cache a range that is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Write-back: what is stored is in the cache until its line is written back.
+    WriteBack,
+    /// Write-through: what is stored goes to the memory, and what is read is cached.
+    WriteThrough,
+    /// Write-combining: not cached; what is stored is collected, and then goes to the memory.
+    WriteCombining,
+    /// Not cached, and each store goes to the memory as it is.
+    Uncached,
+}
+
+impl Cache {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::WriteBack,
+        Self::WriteThrough,
+        Self::WriteCombining,
+        Self::Uncached,
+    ];
+
+    /// Its short name, as in `pmem_cache=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::WriteBack => "wb",
+            Self::WriteThrough => "wt",
+            Self::WriteCombining => "wc",
+            Self::Uncached => "uc",
+        }
+    }
+}
+
+impl Default for Cache {
+    /// What is fastest on this architecture and can be made durable there.
+    fn default() -> Self {
+        if Native::DURABLE {
+            Self::WriteBack
+        } else {
+            Self::WriteThrough
+        }
+    }
+}
+
+/// How bytes get into a range that is cached write-back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyPolicy {
+    /// What is best for the length, on this CPU.
+    #[default]
+    Auto,
+    /// Past the cache.
+    NonTemporal,
+    /// Through the cache, and each line is written back.
+    WriteBack,
+}
+
+impl CopyPolicy {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::NonTemporal, Self::WriteBack];
+
+    /// Its short name, as in `pmem_copy=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::NonTemporal => "nt",
+            Self::WriteBack => "wb",
+        }
+    }
+}
+
 /// What bytes are stored.
 #[derive(Clone, Copy, Debug)]
 pub enum Source {
