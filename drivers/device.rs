@@ -6,6 +6,9 @@
 //! disk advertises a write cache all the same, because a DAX mapping has one, the CPU's: `fsync`
 //! writes its lines back without a fence, and counts on the flush bio that follows. The block
 //! layer drops that bio if there is no write cache. So PREFLUSH is a fence, and FUA adds nothing.
+//!
+//! A range that is not mapped write-back has no struct pages and no DAX, and then there is no write
+//! cache: a write is durable when it completes, and that is all there is to it.
 
 use crate::{
     kapi::{
@@ -21,9 +24,9 @@ use crate::{
             Limits,
             Prepared, //
         },
+        mapping::Mapping,
         mc,
         numa::Node,
-        pagemap::FsDax,
         region::Region, //
     },
     pmem_core::{
@@ -35,6 +38,7 @@ use crate::{
             Sector, //
         },
         persist::{
+            Cache,
             Persist,
             VolatileSlice, //
         },
@@ -62,13 +66,16 @@ const MAX_WRITE_ZEROES: u64 = 32 << 20;
 pub(crate) struct Options {
     /// Logical block size in bytes, 512 or 4096.
     pub(crate) logical_block_size: u32,
+    /// How the range is mapped. A disk has DAX if that is write-back.
+    pub(crate) cache: Cache,
 }
 
 /// One mapped range of persistent memory.
 pub(crate) struct PmemDevice {
-    mapping: FsDax,
+    mapping: Mapping,
     persist: Persist,
     node: Node,
+    cache: Cache,
 }
 
 impl PmemDevice {
@@ -76,7 +83,8 @@ impl PmemDevice {
     ///
     /// # Errors
     ///
-    /// Those of [`FsDax::new`], [`dax::Device::new`] and [`Prepared::new`].
+    /// Those of [`Mapping::with_pages`] or [`Mapping::without_pages`], of [`dax::Device::new`] and of
+    /// [`Prepared::new`].
     pub(crate) fn prepare(
         name: fmt::Arguments<'_>,
         region: Arc<Region>,
@@ -85,45 +93,60 @@ impl PmemDevice {
         options: Options,
     ) -> Result<Prepared<Self>> {
         let node = Node::of_phys(range.start());
-        let mapping = FsDax::new(region, range.start(), range.size(), node)?;
+        let Options {
+            logical_block_size,
+            cache,
+        } = options;
+        let mapping = if cache == Cache::WriteBack {
+            Mapping::with_pages(region, range.start(), range.size(), node)?
+        } else {
+            Mapping::without_pages(region, range.start(), range.size(), cache)?
+        };
         let device = Arc::new(
             PmemDevice {
                 mapping,
                 persist,
                 node,
+                cache,
             },
             GFP_KERNEL,
         )?;
-        let dax = dax::Device::new(
-            device.clone(),
-            dax::Options {
-                write_cache: true,
-                synchronous: true,
-            },
-        )?;
-        let limits = Limits {
-            logical_block_size: options.logical_block_size,
+        let mut limits = Limits {
+            logical_block_size,
             physical_block_size: page::PAGE_SIZE as u32,
             max_write_zeroes_sectors: Sector::containing(MAX_WRITE_ZEROES).0 as u32,
-            features: Features::WRITE_CACHE
-                | Features::FUA
-                | Features::SYNCHRONOUS
-                | Features::NOWAIT
-                | Features::DAX,
+            features: Features::SYNCHRONOUS | Features::NOWAIT,
             ..Limits::default()
         };
+        let dax = if cache == Cache::WriteBack {
+            limits.features =
+                limits.features | Features::WRITE_CACHE | Features::FUA | Features::DAX;
+            let options = dax::Options {
+                write_cache: true,
+                synchronous: true,
+            };
+            Some(dax::Device::new(device.clone(), options)?)
+        } else {
+            None
+        };
         let capacity = Sector::containing(range.size());
-        Prepared::new(name, capacity, &limits, node, device, Some(dax))
+        Prepared::new(name, capacity, &limits, node, device, dax)
     }
 
     /// Tells the log what the disk `name` of `range` is.
     pub(crate) fn announce(&self, name: fmt::Arguments<'_>, range: PhysRange) {
         pr_info!(
-            "{}: {} at {}, node {}, DAX, writes {} ({})\n",
+            "{}: {} at {}, node {}, {}, writes {} ({})\n",
             name,
             Size(range.size()),
             range,
             self.node.id(),
+            match self.cache {
+                Cache::WriteBack => "DAX",
+                Cache::WriteThrough => "write-through without DAX",
+                Cache::WriteCombining => "write-combining without DAX",
+                Cache::Uncached => "uncached without DAX",
+            },
             if self.persist.is_durable() {
                 "durable"
             } else {
@@ -286,7 +309,10 @@ mod tests {
             region,
             range,
             Persist::new(CpuFeatures::default()),
-            Options { logical_block_size },
+            Options {
+                logical_block_size,
+                cache: Cache::WriteBack,
+            },
         )?
         .add()
         .map(Some)
@@ -423,14 +449,16 @@ mod tests {
             return Ok(());
         };
         assert!(Region::new(first.start(), 1, c"pmem_kunit").err() == Some(EBUSY));
-        assert!(FsDax::new(
+        assert!(Mapping::with_pages(
             first.clone(),
             first.start() + 4096,
             2 << 20,
             Node::of_phys(0)
         )
         .is_err());
-        assert!(FsDax::new(first.clone(), first.start(), 2 * SIZE, Node::of_phys(0)).is_err());
+        assert!(
+            Mapping::with_pages(first.clone(), first.start(), 2 * SIZE, Node::of_phys(0)).is_err()
+        );
         drop(first);
         assert!(region().is_ok());
         Ok(())

@@ -17,9 +17,9 @@ pub(crate) mod disk;
 pub(crate) mod hotplug;
 #[cfg(CONFIG_KUNIT = "y")]
 pub(crate) mod kunit;
+pub(crate) mod mapping;
 pub(crate) mod mc;
 pub(crate) mod numa;
-pub(crate) mod pagemap;
 pub(crate) mod param;
 pub(crate) mod random;
 pub(crate) mod region;

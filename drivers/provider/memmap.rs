@@ -54,6 +54,8 @@ string_params! {
         "Number of equal disks that each range is split into, or one number for all. Default: 1. Example: 1,4";
     PMEM_LBS: "pmem_lbs" = c"512",
         "Logical block size in bytes, 512 or 4096. Default: 512. Example: 4096";
+    PMEM_CACHE: "pmem_cache" = c"",
+        "How each range is mapped, or one word for all: wb (with DAX), wt, wc or uc (without). Default: wb. Example: wb,wc";
     PMEM_FIRST: "pmem_first" = c"0",
         "Number of the first disk, the N of /dev/pmemN. Default: 0. Example: 1";
 }
@@ -81,6 +83,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
         count: text("pmem_count", PMEM_COUNT.get())?,
         lbs: text("pmem_lbs", PMEM_LBS.get())?,
         first: text("pmem_first", PMEM_FIRST.get())?,
+        cache: text("pmem_cache", PMEM_CACHE.get())?,
         ..Params::default()
     }) {
         Ok(config) => config,
@@ -99,12 +102,13 @@ pub(crate) fn prepare() -> Result<Prepared> {
         pr_warn!("unable to guarantee persistence of writes\n");
     }
 
-    let options = Options {
-        logical_block_size: config.logical_block_size(),
-    };
     let mut prepared = KVec::new();
     let mut number = config.first();
-    for (range, split, _) in config.ranges() {
+    for (range, split, mode) in config.ranges() {
+        let options = Options {
+            logical_block_size: config.logical_block_size(),
+            cache: mode.cache,
+        };
         let region = claim(range)?;
         tell_left_over(range, &split);
         for part in split.disks() {
@@ -221,7 +225,7 @@ fn explain(error: Error, number: u32, range: PhysRange) -> Error {
             return EBUSY;
         }
         ENOMEM => pr_err!(
-            "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM\n",
+            "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM, but for pmem_cache=wt, wc and uc\n",
             number,
             range
         ),

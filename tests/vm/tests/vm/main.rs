@@ -3,6 +3,7 @@
 //! Tests that boot a virtual machine and use the driver in it.
 
 mod builtin;
+mod cache;
 mod dax;
 mod disks;
 mod filesystems;
