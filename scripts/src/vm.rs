@@ -222,6 +222,8 @@ impl<'a> Builder<'a> {
         let mut line = vec![
             // Warnings and worse reach the console; the rest is in dmesg, and costs time to print.
             "console=ttyS0 loglevel=5 panic=-1".to_owned(),
+            // A busy host may be late with the ticks that the kernel counts at boot, and panics without.
+            "no_timer_check".to_owned(),
         ];
         match &self.ranges {
             Some(ranges) => {
