@@ -35,10 +35,13 @@ use pmem_core::{
             Cpu,
             Memory, //
         },
+        Cache,
+        CopyPolicy,
         Machine,
         Persist,
         Source,
         VolatileSlice,
+        Way,
         LINE, //
     },
 };
@@ -201,6 +204,7 @@ struct World {
     memory: Memory,
     layout: Layout,
     atomic: bool,
+    copy: CopyPolicy,
     flaw: Flaw,
     /// How many free pages are for blocks that have one already.
     reserve: usize,
@@ -275,6 +279,7 @@ impl World {
             memory: Memory::boot(image.0),
             layout,
             atomic,
+            copy: CopyPolicy::Auto,
             flaw,
             reserve: 1,
             free: RefCell::new(free),
@@ -432,7 +437,7 @@ impl World {
         Blocks::new(
             self.memory.slice(),
             self.layout,
-            Persist::on(machine),
+            Persist::mapped(machine, Cache::WriteBack, self.copy),
             self,
             self.atomic,
         )
@@ -646,7 +651,7 @@ struct Watched<'a> {
 impl Machine for Watched<'_> {
     const DURABLE: bool = true;
 
-    fn name(self) -> &'static str {
+    fn name(self, _way: Way) -> &'static str {
         "watched"
     }
 
@@ -663,6 +668,12 @@ impl Machine for Watched<'_> {
         if let Some(run) = self.world.running.borrow_mut().last_mut() {
             run.lines.insert(dst.addr() / LINE);
         }
+        self.world.point(true);
+    }
+
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { self.cpu.store_granules(dst, src, granules) };
         self.world.point(true);
     }
 
@@ -736,7 +747,13 @@ fn small(flaw: Flaw, atomic: bool) -> World {
 
 /// Writes, overwrites and discards, one after the other. Returns what is found to be wrong.
 fn faults_of_one_cpu(flaw: Flaw, atomic: bool) -> BTreeSet<Fault> {
-    let world = small(flaw, atomic);
+    faults_by_policy(CopyPolicy::NonTemporal, flaw, atomic)
+}
+
+/// The same, with copies by this policy.
+fn faults_by_policy(copy: CopyPolicy, flaw: Flaw, atomic: bool) -> BTreeSet<Fault> {
+    let mut world = small(flaw, atomic);
+    world.copy = copy;
     for op in [
         Op::write(0, 2),
         Op::write(0, 1),
@@ -756,15 +773,26 @@ fn faults_of_one_cpu(flaw: Flaw, atomic: bool) -> BTreeSet<Fault> {
 #[test]
 fn a_power_loss_leaves_the_old_or_the_new_data() {
     for atomic in [true, false] {
-        assert_eq!(faults_of_one_cpu(Flaw::None, atomic), [].into());
+        for copy in CopyPolicy::ALL {
+            assert_eq!(faults_by_policy(copy, Flaw::None, atomic), [].into());
+        }
     }
 }
 
 #[test]
 fn a_write_that_does_not_wait_for_its_data_is_caught() {
-    let faults = faults_of_one_cpu(Flaw::DataFence, true);
+    for copy in CopyPolicy::ALL {
+        let faults = faults_by_policy(copy, Flaw::DataFence, true);
 
-    assert_eq!(faults, [Fault::Data].into());
+        assert_eq!(faults, [Fault::Data].into());
+    }
+}
+
+#[test]
+fn a_copy_through_the_cache_that_is_not_written_back_is_caught() {
+    let faults = faults_by_policy(CopyPolicy::WriteBack, Flaw::NoFlush, true);
+
+    assert!(faults.contains(&Fault::Data));
 }
 
 #[test]
@@ -1198,10 +1226,12 @@ proptest! {
         kept in 0..4_usize,
         crash_at in 0..200_usize,
         atomic in prop::bool::weighted(0.7),
+        copy in prop::sample::select(&CopyPolicy::ALL),
     ) {
         let layout = layout(BLOCKS, spare);
         let mut world = World::new(layout, None, Flaw::None, atomic, kept);
         world.crash_at = Some(crash_at);
+        world.copy = copy;
         // A discard may take away the page that a write counts on to come back.
         let is_alone = others.is_empty();
         let mut others = others;
@@ -1225,7 +1255,8 @@ proptest! {
         let Some(image) = world.crash.take().filter(|_| atomic) else {
             return Ok(());
         };
-        let world = World::new(layout, Some(&image), Flaw::None, atomic, kept);
+        let mut world = World::new(layout, Some(&image), Flaw::None, atomic, kept);
+        world.copy = copy;
         world.settle();
         for op in ops_after {
             let _ = world.run(op);

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The default of architectures without a machine of their own: right bytes, no durability.
+//! The default of architectures without a machine of their own: right bytes, and no durability in
+//! memory that is cached write-back, as no line is written back.
+//!
+//! In other memory there is no dirty line, and a barrier is enough.
 
 use super::{
     CpuFeatures,
     Machine,
-    Source, //
+    Source,
+    Way, //
 };
 use core::sync::atomic::{
     fence,
@@ -60,7 +64,7 @@ impl Generic {
 impl Machine for Generic {
     const DURABLE: bool = false;
 
-    fn name(self) -> &'static str {
+    fn name(self, _way: Way) -> &'static str {
         "generic"
     }
 
@@ -74,6 +78,12 @@ impl Machine for Generic {
     unsafe fn store_granule(self, dst: *mut u8, value: u64) {
         // SAFETY: By the safety contract of this function.
         unsafe { AtomicU64::from_ptr(dst.cast()) }.store(value, Ordering::Release);
+    }
+
+    #[inline]
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { Self::put::<u64>(dst, src, granules) }
     }
 
     #[inline]
@@ -93,7 +103,16 @@ impl Machine for Generic {
 
     #[inline]
     fn fence(self) {
-        // It keeps the order that others see, which is all there is to keep.
+        // It keeps the order that others see. In memory that is cached write-back, that is all there
+        // is to keep.
         fence(Ordering::SeqCst);
+
+        // On Arm, that is a DMB, which waits for nothing. A DSB waits until what was stored to
+        // memory that is not cached has got there.
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: It has no effect but order.
+        unsafe {
+            core::arch::asm!("dsb st", options(nostack, preserves_flags));
+        }
     }
 }

@@ -17,6 +17,9 @@
 //! the model gives up, so what survives here survives there. A store that is there hides the older
 //! ones to the same bytes.
 //!
+//! That is for memory that is cached write-back. To a CPU that has it [mapped](Cpu::mapped) with
+//! another mode, no store is dirty: each is on its way at once.
+//!
 //! The memory itself is the machine of one CPU, and [`Memory::cpu`] gives those of others. All see
 //! the same bytes, but a fence of one does not wait for what another has put on its way.
 //!
@@ -28,9 +31,11 @@
 extern crate std;
 
 use super::{
+    Cache,
     Machine,
     Source,
     VolatileSlice,
+    Way,
     GRANULE,
     LINE, //
 };
@@ -202,6 +207,7 @@ impl Memory {
         Cpu {
             memory: self,
             bit: bit.unwrap_or_else(|| panic!("the model has no CPU {number}")),
+            is_write_back: true,
         }
     }
 
@@ -303,8 +309,8 @@ impl Memory {
 impl Machine for &Memory {
     const DURABLE: bool = true;
 
-    fn name(self) -> &'static str {
-        self.cpu(0).name()
+    fn name(self, way: Way) -> &'static str {
+        self.cpu(0).name(way)
     }
 
     unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
@@ -315,6 +321,11 @@ impl Machine for &Memory {
     unsafe fn store_granule(self, dst: *mut u8, value: u64) {
         // SAFETY: See above.
         unsafe { self.cpu(0).store_granule(dst, value) }
+    }
+
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).store_granules(dst, src, granules) }
     }
 
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
@@ -342,17 +353,39 @@ impl Machine for &Memory {
 pub struct Cpu<'a> {
     memory: &'a Memory,
     bit: u32,
+    /// Whether it caches the memory write-back.
+    is_write_back: bool,
+}
+
+impl Cpu<'_> {
+    /// The same CPU, to which the memory is mapped with this mode.
+    ///
+    /// If that is not write-back, no line gets dirty: each store is on its way at once, and to write
+    /// a line back is a bug of the code under test, as it would be for nothing.
+    pub fn mapped(self, cache: Cache) -> Self {
+        Self {
+            is_write_back: cache == Cache::WriteBack,
+            ..self
+        }
+    }
+
+    /// Stores `len` bytes at `dst`, not past the cache.
+    fn put(self, dst: *mut u8, src: Source, len: usize) {
+        let on_its_way = if self.is_write_back { 0 } else { self.bit };
+
+        self.memory.put(dst, src, len, on_its_way);
+    }
 }
 
 impl Machine for Cpu<'_> {
     const DURABLE: bool = true;
 
-    fn name(self) -> &'static str {
+    fn name(self, _way: Way) -> &'static str {
         "model"
     }
 
     unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
-        self.memory.put(dst, src, len, 0);
+        self.put(dst, src, len);
     }
 
     unsafe fn store_granule(self, dst: *mut u8, value: u64) {
@@ -361,8 +394,15 @@ impl Machine for Cpu<'_> {
             "{dst:?} is not a multiple of {GRANULE}"
         );
         let bytes = value.to_ne_bytes();
-        self.memory
-            .put(dst, Source::Memory(bytes.as_ptr()), GRANULE, 0);
+        self.put(dst, Source::Memory(bytes.as_ptr()), GRANULE);
+    }
+
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        assert!(
+            dst.addr() % GRANULE == 0,
+            "{dst:?} is not a multiple of {GRANULE}"
+        );
+        self.put(dst, src, granules * GRANULE);
     }
 
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
@@ -379,6 +419,10 @@ impl Machine for Cpu<'_> {
     }
 
     unsafe fn write_back(self, addr: *const u8) {
+        assert!(
+            self.is_write_back,
+            "{addr:?} is written back, where no line gets dirty"
+        );
         // The line may begin before the byte and end after the memory.
         let addr = addr.wrapping_sub(addr.addr() % LINE);
         let line = self.memory.offset(addr, 0) / LINE;

@@ -185,7 +185,8 @@ impl<M: Machine> Persist<M> {
     /// After a power loss, the old value is there or the new one, never a mix.
     ///
     /// What this CPU stored before is seen by a CPU that [loads](VolatileSlice::load_u64) this value.
-    /// That does not hold for what went past the cache, without a fence in between.
+    /// That does not hold for what went past the cache, without a fence in between, nor for anything
+    /// in a range that is mapped write-combining.
     #[inline]
     #[must_use = "nothing is stored if it returns false"]
     pub fn store_u64(&self, dst: VolatileSlice<'_>, offset: u64, value: u64) -> bool {
@@ -195,7 +196,7 @@ impl<M: Machine> Persist<M> {
         // SAFETY: By the type invariants, as it is a part of the slice; it was found aligned.
         unsafe {
             self.machine.store_granule(granule, value.to_le());
-            self.machine.write_back(granule);
+            self.write_back_line(granule);
         }
         true
     }

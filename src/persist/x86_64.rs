@@ -1,6 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! x86-64: MOVNTI past the cache, CLWB or its elders to write a line back, SFENCE.
+//! x86-64: MOVNTI past the cache, MOV through it, CLWB or its elders to write a line back, SFENCE.
+//!
+//! In memory that is not cached write-back, MOVNTI is the right store, too, and SFENCE is all that is
+//! needed after it (Intel SDM, volume 1, "Caching of Temporal vs. Non-Temporal Data", and volume 3,
+//! "Memory Cache Control"):
+//!
+//! | mode | MOVNTI | MOV, for edges |
+//! |---|---|---|
+//! | write-through | past the cache, collected in a write-combining buffer; a cached line is dropped | to the memory as well as to the cache |
+//! | write-combining | collected in a write-combining buffer | the same |
+//! | uncached | as MOV: the hint is ignored | to the memory, each in order |
+//!
+//! SFENCE waits until the write-combining buffers and the store buffer are empty. It is needed in each
+//! of the three: a store that has retired may still be in one of them.
 //!
 //! All by assembly in general purpose registers: vector registers would need the kernel's FPU
 //! bracket, which costs more than it gains.
@@ -8,9 +21,116 @@
 use super::{
     CpuFeatures,
     Machine,
-    Source, //
+    Source,
+    Way, //
 };
 use core::arch::asm;
+
+/// Copies granules by this instruction, each by one store.
+///
+/// CPUs were seen to put one MOVNTI a cycle into their write-combining buffers, and to be busy with
+/// just that, in any order of loads and stores, with and without prefetches. So the loop is made for
+/// few instructions: 18 a line. With four lines a step they would be 17, but sources beyond the L1
+/// cache slower. The stores are in ascending order, so that each buffer is full before the next is
+/// opened. Stores through the cache, by MOV, do not mind.
+macro_rules! copy_granules {
+    ($store:literal, $dst:expr, $src:expr, $granules:expr) => {
+        asm!(
+            "sub {left}, 16",
+            "jb 3f",
+            // Two lines.
+            "2:",
+            ".irp line, 0, 64",
+            "mov {a}, [{src} + \\line]",
+            "mov {b}, [{src} + \\line + 8]",
+            "mov {c}, [{src} + \\line + 16]",
+            "mov {d}, [{src} + \\line + 24]",
+            concat!($store, " [{dst} + \\line], {a}"),
+            concat!($store, " [{dst} + \\line + 8], {b}"),
+            concat!($store, " [{dst} + \\line + 16], {c}"),
+            concat!($store, " [{dst} + \\line + 24], {d}"),
+            "mov {a}, [{src} + \\line + 32]",
+            "mov {b}, [{src} + \\line + 40]",
+            "mov {c}, [{src} + \\line + 48]",
+            "mov {d}, [{src} + \\line + 56]",
+            concat!($store, " [{dst} + \\line + 32], {a}"),
+            concat!($store, " [{dst} + \\line + 40], {b}"),
+            concat!($store, " [{dst} + \\line + 48], {c}"),
+            concat!($store, " [{dst} + \\line + 56], {d}"),
+            ".endr",
+            "add {src}, 128",
+            "add {dst}, 128",
+            "sub {left}, 16",
+            "jae 2b",
+            // What is left, by four granules and by one.
+            "3:",
+            "add {left}, 12",
+            "jnc 5f",
+            "4:",
+            "mov {a}, [{src}]",
+            "mov {b}, [{src} + 8]",
+            "mov {c}, [{src} + 16]",
+            "mov {d}, [{src} + 24]",
+            concat!($store, " [{dst}], {a}"),
+            concat!($store, " [{dst} + 8], {b}"),
+            concat!($store, " [{dst} + 16], {c}"),
+            concat!($store, " [{dst} + 24], {d}"),
+            "add {src}, 32",
+            "add {dst}, 32",
+            "sub {left}, 4",
+            "jae 4b",
+            "5:",
+            "add {left}, 4",
+            "jz 7f",
+            "6:",
+            "mov {a}, [{src}]",
+            concat!($store, " [{dst}], {a}"),
+            "add {src}, 8",
+            "add {dst}, 8",
+            "dec {left}",
+            "jnz 6b",
+            "7:",
+            src = inout(reg) $src => _,
+            dst = inout(reg) $dst => _,
+            left = inout(reg) $granules => _,
+            a = out(reg) _,
+            b = out(reg) _,
+            c = out(reg) _,
+            d = out(reg) _,
+            options(nostack),
+        )
+    };
+}
+
+/// Stores granules of zeros by this instruction, each by one store.
+macro_rules! zero_granules {
+    ($store:literal, $dst:expr, $granules:expr) => {
+        asm!(
+            "sub {left}, 8",
+            "jb 3f",
+            "2:",
+            ".irp granule, 0, 8, 16, 24, 32, 40, 48, 56",
+            concat!($store, " [{dst} + \\granule], {zero}"),
+            ".endr",
+            "add {dst}, 64",
+            "sub {left}, 8",
+            "jae 2b",
+            "3:",
+            "add {left}, 8",
+            "jz 5f",
+            "4:",
+            concat!($store, " [{dst}], {zero}"),
+            "add {dst}, 8",
+            "dec {left}",
+            "jnz 4b",
+            "5:",
+            dst = inout(reg) $dst => _,
+            left = inout(reg) $granules => _,
+            zero = in(reg) 0_u64,
+            options(nostack),
+        )
+    };
+}
 
 /// How a line is written back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +188,15 @@ impl X86_64 {
 impl Machine for X86_64 {
     const DURABLE: bool = true;
 
-    fn name(self) -> &'static str {
-        match self.write_back {
-            WriteBack::Clwb => "movnti+clwb",
-            WriteBack::Clflushopt => "movnti+clflushopt",
-            WriteBack::Clflush => "movnti+clflush",
+    fn name(self, way: Way) -> &'static str {
+        match (way, self.write_back) {
+            (Way::PastCache, WriteBack::Clwb) => "movnti+clwb",
+            (Way::PastCache, WriteBack::Clflushopt) => "movnti+clflushopt",
+            (Way::PastCache, WriteBack::Clflush) => "movnti+clflush",
+            (Way::ThroughCache, WriteBack::Clwb) => "mov+clwb",
+            (Way::ThroughCache, WriteBack::Clflushopt) => "mov+clflushopt",
+            (Way::ThroughCache, WriteBack::Clflush) => "mov+clflush",
+            (Way::NoDirtyLines, _) => "movnti",
         }
     }
 
@@ -104,6 +228,18 @@ impl Machine for X86_64 {
     }
 
     #[inline]
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: It stores as many granules at `dst`, and reads them from `src`, which are valid
+        // and aligned by the safety contract of this function.
+        unsafe {
+            match src {
+                Source::Memory(src) => copy_granules!("mov", dst, src, granules),
+                Source::Zeros => zero_granules!("mov", dst, granules),
+            }
+        }
+    }
+
+    #[inline]
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {
         let half = match src {
             // SAFETY: By the safety contract of this function; an array of bytes has any address.
@@ -123,11 +259,13 @@ impl Machine for X86_64 {
 
     #[inline]
     unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
-        match src {
-            // SAFETY: By the safety contract of this function.
-            Source::Memory(src) => unsafe { stream_memory(dst, src, granules) },
-            // SAFETY: By the safety contract of this function.
-            Source::Zeros => unsafe { stream_zeros(dst, granules) },
+        // SAFETY: It stores as many granules at `dst`, and reads them from `src`, which are valid
+        // and aligned by the safety contract of this function.
+        unsafe {
+            match src {
+                Source::Memory(src) => copy_granules!("movnti", dst, src, granules),
+                Source::Zeros => zero_granules!("movnti", dst, granules),
+            }
         }
     }
 
@@ -156,125 +294,5 @@ impl Machine for X86_64 {
     fn fence(self) {
         // SAFETY: It has no effect but order.
         unsafe { asm!("sfence", options(nostack, preserves_flags)) };
-    }
-}
-
-/// Copies granules past the cache.
-///
-/// CPUs were seen to put one MOVNTI a cycle into their write-combining buffers, and to be busy with
-/// just that, in any order of loads and stores, with and without prefetches. So the loop is made for
-/// few instructions: 18 a line. With four lines a step they would be 17, but sources beyond the L1
-/// cache slower. The stores are in ascending order, so that each buffer is full before the next is
-/// opened.
-///
-/// # Safety
-///
-/// As for [`Machine::stream`].
-#[inline]
-unsafe fn stream_memory(dst: *mut u8, src: *const u8, granules: usize) {
-    // SAFETY: It reads as many granules from `src` and stores them at `dst`, which are valid and
-    // aligned by the safety contract of this function.
-    unsafe {
-        asm!(
-            "sub {left}, 16",
-            "jb 3f",
-            // Two lines.
-            "2:",
-            ".irp line, 0, 64",
-            "mov {a}, [{src} + \\line]",
-            "mov {b}, [{src} + \\line + 8]",
-            "mov {c}, [{src} + \\line + 16]",
-            "mov {d}, [{src} + \\line + 24]",
-            "movnti [{dst} + \\line], {a}",
-            "movnti [{dst} + \\line + 8], {b}",
-            "movnti [{dst} + \\line + 16], {c}",
-            "movnti [{dst} + \\line + 24], {d}",
-            "mov {a}, [{src} + \\line + 32]",
-            "mov {b}, [{src} + \\line + 40]",
-            "mov {c}, [{src} + \\line + 48]",
-            "mov {d}, [{src} + \\line + 56]",
-            "movnti [{dst} + \\line + 32], {a}",
-            "movnti [{dst} + \\line + 40], {b}",
-            "movnti [{dst} + \\line + 48], {c}",
-            "movnti [{dst} + \\line + 56], {d}",
-            ".endr",
-            "add {src}, 128",
-            "add {dst}, 128",
-            "sub {left}, 16",
-            "jae 2b",
-            // What is left, by four granules and by one.
-            "3:",
-            "add {left}, 12",
-            "jnc 5f",
-            "4:",
-            "mov {a}, [{src}]",
-            "mov {b}, [{src} + 8]",
-            "mov {c}, [{src} + 16]",
-            "mov {d}, [{src} + 24]",
-            "movnti [{dst}], {a}",
-            "movnti [{dst} + 8], {b}",
-            "movnti [{dst} + 16], {c}",
-            "movnti [{dst} + 24], {d}",
-            "add {src}, 32",
-            "add {dst}, 32",
-            "sub {left}, 4",
-            "jae 4b",
-            "5:",
-            "add {left}, 4",
-            "jz 7f",
-            "6:",
-            "mov {a}, [{src}]",
-            "movnti [{dst}], {a}",
-            "add {src}, 8",
-            "add {dst}, 8",
-            "dec {left}",
-            "jnz 6b",
-            "7:",
-            src = inout(reg) src => _,
-            dst = inout(reg) dst => _,
-            left = inout(reg) granules => _,
-            a = out(reg) _,
-            b = out(reg) _,
-            c = out(reg) _,
-            d = out(reg) _,
-            options(nostack),
-        );
-    }
-}
-
-/// Stores granules of zeros past the cache.
-///
-/// # Safety
-///
-/// As for [`Machine::stream`].
-#[inline]
-unsafe fn stream_zeros(dst: *mut u8, granules: usize) {
-    // SAFETY: It stores as many granules at `dst`, which is valid and aligned by the safety
-    // contract of this function.
-    unsafe {
-        asm!(
-            "sub {left}, 8",
-            "jb 3f",
-            "2:",
-            ".irp granule, 0, 8, 16, 24, 32, 40, 48, 56",
-            "movnti [{dst} + \\granule], {zero}",
-            ".endr",
-            "add {dst}, 64",
-            "sub {left}, 8",
-            "jae 2b",
-            "3:",
-            "add {left}, 8",
-            "jz 5f",
-            "4:",
-            "movnti [{dst}], {zero}",
-            "add {dst}, 8",
-            "dec {left}",
-            "jnz 4b",
-            "5:",
-            dst = inout(reg) dst => _,
-            left = inout(reg) granules => _,
-            zero = in(reg) 0_u64,
-            options(nostack),
-        );
     }
 }
