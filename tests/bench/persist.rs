@@ -8,11 +8,20 @@
 //! | kernel | the method of `__memcpy_flushcache()` (`arch/x86/lib/usercopy_64.c`): four loads and four MOVNTI of 8 bytes a step, and SFENCE |
 //! | libpmem | `pmem_memcpy_persist()`, which may use vector registers |
 //!
+//! and by which policy it should copy:
+//!
+//! | side | what it is |
+//! |---|---|
+//! | nt | ours, past the cache: `CopyPolicy::NonTemporal` |
+//! | wb | through the cache: `CopyPolicy::WriteBack`, with the best way to write a line back that the CPU has |
+//! | wb-opt | the same with CLFLUSHOPT, which evicts the line |
+//!
 //! Each copy goes to a random slot of a region that is larger than the caches, in huge pages as in
 //! the kernel's own mapping; its source is in the cache, as what a program just wrote is. Criterion
-//! measures one side after the other. The table at the end comes from rounds in which the sides take
-//! turns, so that a change of the machine's mood meets them all: it has medians, and medians of the
-//! ratios within a round.
+//! measures one side after the other. The tables at the end come from rounds in which the sides take
+//! turns, so that a change of the machine's mood meets them all: they have medians, and medians of the
+//! ratios within a round. The last of them is about a region that is in the cache, as far as the
+//! sides leave it there.
 
 #[cfg(not(target_arch = "x86_64"))]
 fn main() {
@@ -33,6 +42,8 @@ mod x86_64 {
     };
     use pmem_core::{
         persist::{
+            Cache,
+            CopyPolicy,
             CpuFeatures,
             Persist, //
         },
@@ -53,10 +64,13 @@ mod x86_64 {
     };
 
     /// The sizes of the copies in bytes, all multiples of a line.
-    const SIZES: [usize; 8] = [64, 128, 256, 512, 1024, 4096, 16 << 10, 64 << 10];
+    const SIZES: [usize; 10] = [64, 128, 256, 512, 768, 1024, 2048, 4096, 16 << 10, 64 << 10];
 
     /// The size of the cold region in bytes.
     const REGION: usize = 512 << 20;
+
+    /// The size of the part of it that the L2 cache has room for, in bytes.
+    const WARM: usize = 256 << 10;
 
     /// How often each side takes its turn.
     const ROUNDS: usize = 301;
@@ -76,7 +90,7 @@ mod x86_64 {
     /// Who copies.
     #[derive(Clone, Copy)]
     enum Side {
-        Ours(Persist),
+        Ours(&'static str, Persist),
         Kernel,
         Libpmem(MemcpyPersist),
     }
@@ -84,7 +98,7 @@ mod x86_64 {
     impl Side {
         fn name(self) -> &'static str {
             match self {
-                Self::Ours(_) => "ours",
+                Self::Ours(name, _) => name,
                 Self::Kernel => "kernel",
                 Self::Libpmem(_) => "libpmem",
             }
@@ -99,7 +113,7 @@ mod x86_64 {
             // SAFETY: By the safety contract of this function.
             unsafe {
                 match self {
-                    Self::Ours(persist) => {
+                    Self::Ours(_, persist) => {
                         persist.copy(dst, src, len);
                         persist.fence();
                     }
@@ -164,6 +178,8 @@ mod x86_64 {
     /// Where to copy from, and to.
     struct Bench {
         region: *mut u8,
+        /// How many bytes of it are in use.
+        size: usize,
         source: *mut u8,
         random: u64,
     }
@@ -178,7 +194,7 @@ mod x86_64 {
                 self.random ^= self.random << 13;
                 self.random ^= self.random >> 7;
                 self.random ^= self.random << 17;
-                let slot = (self.random >> 20) as usize % (REGION / len);
+                let slot = (self.random >> 20) as usize % (self.size / len);
                 // SAFETY: The slot is in the region. The source has as many bytes as the largest
                 // size. All sizes are multiples of 32.
                 unsafe { side.copy(self.region.add(slot * len), self.source, len) };
@@ -207,14 +223,26 @@ mod x86_64 {
     }
 
     pub(super) fn main() {
-        let ours = Persist::new(CpuFeatures::detect());
-        let mut sides = vec![Side::Ours(ours), Side::Kernel];
+        let cpu = CpuFeatures::detect();
+        let ours = Persist::new(cpu);
+        let by = |cpu, policy| Persist::for_cache(cpu, Cache::WriteBack, policy);
+        let wb = by(cpu, CopyPolicy::WriteBack);
+        let mut policies = vec![
+            Side::Ours("nt", by(cpu, CopyPolicy::NonTemporal)),
+            Side::Ours("wb", wb),
+        ];
+        if cpu.clwb && cpu.clflushopt {
+            let cpu = CpuFeatures { clwb: false, ..cpu };
+            policies.push(Side::Ours("wb-opt", by(cpu, CopyPolicy::WriteBack)));
+        }
+        let mut sides = vec![Side::Ours("ours", ours), Side::Kernel];
         match libpmem() {
             Some(side) => sides.push(side),
             None => println!("libpmem is skipped: to compare with it, apt-get install libpmem1"),
         }
         let mut bench = Bench {
             region: memory(REGION, 1),
+            size: REGION,
             source: memory(HUGE, 2),
             random: 0x2545_f491_4f6c_dd1d,
         };
@@ -227,7 +255,8 @@ mod x86_64 {
         for len in SIZES {
             let mut group = criterion.benchmark_group("copy+fence");
             group.throughput(Throughput::Bytes(len as u64));
-            for &side in &sides {
+            // By the policy nt, it is ours.
+            for &side in sides.iter().chain(policies.iter().skip(1)) {
                 let id = BenchmarkId::new(side.name(), Size(len as u64));
                 group.bench_function(id, |bencher| {
                     bencher.iter_custom(|copies| bench.run(side, len, copies as usize));
@@ -239,22 +268,30 @@ mod x86_64 {
 
         // Not when cargo only asks whether it runs.
         if std::env::args().any(|arg| arg == "--bench") {
-            table(&mut bench, &sides, ours.name());
+            println!(
+                "ours is {}, nt is the same, wb is {}",
+                ours.name(),
+                wb.name()
+            );
+            table(&mut bench, &sides, "cold");
+            table(&mut bench, &policies, "cold");
+            bench.size = WARM;
+            table(&mut bench, &policies, "cached");
         }
     }
 
     /// Measures all sides by turns and prints how they compare.
-    fn table(bench: &mut Bench, sides: &[Side], name: &str) {
+    fn table(bench: &mut Bench, sides: &[Side], temperature: &str) {
         println!(
-            "copy + fence into {} of cold memory, GB/s, medians of {ROUNDS} rounds; ours is {name}\n",
-            Size(REGION as u64)
+            "\ncopy + fence into {} of {temperature} memory, GB/s, medians of {ROUNDS} rounds\n",
+            Size(bench.size as u64)
         );
         print!("{:>8}", "size");
         for side in sides {
             print!("{:>10}", side.name());
         }
         for side in &sides[1..] {
-            print!("{:>16}", format!("ours/{}", side.name()));
+            print!("{:>16}", format!("{}/{}", sides[0].name(), side.name()));
         }
         println!();
 
