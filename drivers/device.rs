@@ -26,8 +26,7 @@ use crate::{
         },
         mapping::Mapping,
         mc,
-        numa::Node,
-        region::Region, //
+        numa::Node, //
     },
     pmem_core::{
         extent::{
@@ -37,6 +36,7 @@ use crate::{
             Pfn,
             Sector, //
         },
+        memmap::StructPages,
         persist::{
             Cache,
             Persist,
@@ -45,6 +45,7 @@ use crate::{
         range::PhysRange,
         size::Size, //
     },
+    reserve::Place,
     LocalModule, //
 };
 use kernel::{
@@ -76,29 +77,32 @@ pub(crate) struct PmemDevice {
     persist: Persist,
     node: Node,
     cache: Cache,
+    /// Where the struct pages are, if there are some.
+    struct_pages: Option<StructPages>,
 }
 
 impl PmemDevice {
-    /// Maps `range`, a part of `region`, and makes it a disk called `name`.
+    /// Maps the range of `place`, and makes it a disk called `name`.
     ///
     /// # Errors
     ///
-    /// Those of [`Mapping::with_pages`] or [`Mapping::without_pages`], of [`dax::Device::new`] and of
-    /// [`Prepared::new`].
+    /// Those of [`Place::settle`], of [`Mapping::with_pages`] or [`Mapping::without_pages`], of
+    /// [`dax::Device::new`] and of [`Prepared::new`].
     pub(crate) fn prepare(
         name: fmt::Arguments<'_>,
-        region: Arc<Region>,
-        range: PhysRange,
+        place: Place,
         persist: Persist,
         options: Options,
     ) -> Result<Prepared<Self>> {
+        place.settle(name, &persist)?;
+        let (region, range, altmap) = (place.region(), place.range(), place.altmap());
         let node = Node::of_phys(range.start());
         let Options {
             logical_block_size,
             cache,
         } = options;
         let mapping = if cache == Cache::WriteBack {
-            Mapping::with_pages(region, range.start(), range.size(), node)?
+            Mapping::with_pages(region, range.start(), range.size(), altmap, node)?
         } else {
             Mapping::without_pages(region, range.start(), range.size(), cache)?
         };
@@ -108,6 +112,11 @@ impl PmemDevice {
                 persist,
                 node,
                 cache,
+                struct_pages: match (cache, altmap) {
+                    (Cache::WriteBack, None) => Some(StructPages::Ram),
+                    (Cache::WriteBack, Some(_)) => Some(StructPages::Dev),
+                    _ => None,
+                },
             },
             GFP_KERNEL,
         )?;
@@ -129,7 +138,7 @@ impl PmemDevice {
         } else {
             None
         };
-        let capacity = Sector::containing(range.size());
+        let capacity = Sector::containing(device.mapping.size());
         Prepared::new(name, capacity, &limits, node, device, dax)
     }
 
@@ -138,10 +147,12 @@ impl PmemDevice {
         pr_info!(
             "{}: {} at {}, node {}, {}, writes {} ({})\n",
             name,
-            Size(range.size()),
+            Size(self.mapping.size()),
             range,
             self.node.id(),
             match self.cache {
+                Cache::WriteBack if self.struct_pages == Some(StructPages::Dev) =>
+                    "DAX with struct pages on the range",
                 Cache::WriteBack => "DAX",
                 Cache::WriteThrough => "write-through without DAX",
                 Cache::WriteCombining => "write-combining without DAX",
@@ -272,10 +283,14 @@ mod tests {
             self,
             buffer, //
         },
-        param::string_params, //
+        mapping::Altmap,
+        numa::Node,
+        param::string_params,
+        region::Region, //
     };
     use crate::pmem_core::{
         persist::CpuFeatures,
+        reserve::Reserve,
         size, //
     };
 
@@ -300,14 +315,23 @@ mod tests {
     }
 
     fn disk(logical_block_size: u32) -> Result<Option<Disk<PmemDevice>>> {
+        disk_with(logical_block_size, StructPages::Ram, true)
+    }
+
+    fn disk_with(
+        logical_block_size: u32,
+        struct_pages: StructPages,
+        force: bool,
+    ) -> Result<Option<Disk<PmemDevice>>> {
         let Some(region) = region()? else {
             return Ok(None);
         };
         let range = PhysRange::new(region.start(), region.size()).map_err(|_| EINVAL)?;
+        let name = fmt!("pmem_kunit");
+        let cache = Cache::WriteBack;
         PmemDevice::prepare(
-            fmt!("pmem_kunit"),
-            region,
-            range,
+            name,
+            Place::check(name, region, range, struct_pages, cache, force)?,
             Persist::new(CpuFeatures::default()),
             Options {
                 logical_block_size,
@@ -444,21 +468,64 @@ mod tests {
     }
 
     #[test]
+    fn struct_pages_on_the_range_leave_the_data_alone() -> Result {
+        use dax::Operations;
+
+        let Some(whole) = disk(512)? else {
+            return Ok(());
+        };
+        whole.submit_wait_range(kunit::WRITE_ZEROES, Sector(0), SIZE as u32)?;
+        drop(whole);
+
+        let reserve = Reserve::of(SIZE).map_err(|_| EINVAL)?;
+        let end = Sector::containing(reserve.data_size());
+        let mut data = pattern(65536)?;
+        // The header is written once, and found after that.
+        for _ in 0..2 {
+            let Some(disk) = disk_with(512, StructPages::Dev, false)? else {
+                return Ok(());
+            };
+            let device = disk.data();
+            assert_eq!(device.mapping.size(), reserve.data_size());
+            let start = device.mapping.start();
+            assert_eq!(start % (2 << 20), 0);
+            assert_eq!(device.direct_access(0)?.pfn, Pfn::containing(start));
+            disk.submit_wait(kunit::WRITE, Sector(end.0 - 128), &mut data)?;
+            assert_eq!(disk.submit_wait(kunit::WRITE, end, &mut data), Err(EIO));
+        }
+        assert!(disk_with(512, StructPages::Ram, false).is_err());
+
+        // The header is given up, and the data is where it was.
+        let Some(whole) = disk(512)? else {
+            return Ok(());
+        };
+        let mut back = buffer(0, 65536)?;
+        let last = Sector(Sector::containing(SIZE).0 - 128);
+        whole.submit_wait(kunit::READ, last, &mut back)?;
+        assert!(*back == *pattern(65536)?);
+        whole.submit_wait(kunit::READ, Sector(0), &mut back)?;
+        assert!(back.iter().take(8192).all(|&byte| byte == 0));
+        Ok(())
+    }
+
+    #[test]
     fn a_claim_is_exclusive_until_it_is_dropped() -> Result {
         let Some(first) = region()? else {
             return Ok(());
         };
         assert!(Region::new(first.start(), 1, c"pmem_kunit").err() == Some(EBUSY));
-        assert!(Mapping::with_pages(
-            first.clone(),
-            first.start() + 4096,
-            2 << 20,
-            Node::of_phys(0)
-        )
-        .is_err());
-        assert!(
-            Mapping::with_pages(first.clone(), first.start(), 2 * SIZE, Node::of_phys(0)).is_err()
-        );
+        let altmap = |size| Some(Altmap { kept: 4096, size });
+        for (skip, size, altmap) in [
+            (4096, 2 << 20, None),
+            (0, 2 * SIZE, None),
+            (0, SIZE, altmap(SIZE)),
+            (0, SIZE, altmap(2 * SIZE)),
+            (0, SIZE, altmap(1 << 20)),
+            (0, SIZE, altmap(0)),
+        ] {
+            let (start, node) = (first.start() + skip, Node::of_phys(0));
+            assert!(Mapping::with_pages(first.clone(), start, size, altmap, node).is_err());
+        }
         drop(first);
         assert!(region().is_ok());
         Ok(())

@@ -16,6 +16,7 @@ use crate::pmem_core::{
     },
     memmap,
     range::PhysRange,
+    reserve,
     size::Size, //
 };
 use kernel::fmt;
@@ -42,4 +43,8 @@ display!(
     Repair,
     Size,
     Uuid,
+    reserve::Erase,
+    reserve::Fault,
+    reserve::Place,
+    reserve::Refusal,
 );

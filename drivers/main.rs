@@ -14,6 +14,7 @@ mod kmem;
 #[path = "../src/lib.rs"]
 mod pmem_core;
 mod provider;
+mod reserve;
 
 use kernel::prelude::*;
 

@@ -23,4 +23,5 @@ pub mod kmem;
 pub mod memmap;
 pub mod persist;
 pub mod range;
+pub mod reserve;
 pub mod size;

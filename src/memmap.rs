@@ -10,6 +10,7 @@
 //! | `pmem_lbs`   | (one for all) logical block size    | 512     |
 //! | `pmem_cache` | how it is mapped: wb, wt, wc, uc    | wb      |
 //! | `pmem_memmap` | where its struct pages are: ram, dev | ram    |
+//! | `pmem_memmap_force` | (one for all) whether ram may destroy a header | 0 |
 //! | `pmem_copy`  | (one for all) auto, nt or wb        | auto    |
 //! | `pmem_e820`  | (one for all) whether ranges of the firmware are used, too | 0 |
 //! | `pmem_first` | (one for all) number of first disk  | 0       |
@@ -80,6 +81,8 @@ pub struct Params<'a> {
     pub cache: &'a str,
     /// `pmem_memmap`.
     pub memmap: &'a str,
+    /// `pmem_memmap_force`.
+    pub memmap_force: &'a str,
     /// `pmem_copy`.
     pub copy: &'a str,
     /// `pmem_e820`.
@@ -96,6 +99,7 @@ impl Default for Params<'_> {
             first: "0",
             cache: "",
             memmap: StructPages::Ram.name(),
+            memmap_force: "0",
             copy: CopyPolicy::Auto.name(),
             e820: "0",
         }
@@ -155,6 +159,8 @@ pub enum Error<'a> {
     },
     /// Struct pages are to be on a range that has none, by how it is mapped.
     NoStructPages(Cache),
+    /// A header is to be destroyed, but each range is one that needs its header.
+    Force,
 }
 
 impl fmt::Display for Error<'_> {
@@ -220,6 +226,11 @@ impl fmt::Display for Error<'_> {
                  pages; write ram, or change pmem_cache",
                 cache.name()
             ),
+            Self::Force => write!(
+                f,
+                "pmem_memmap_force=1 without pmem_memmap=ram: it destroys the header of a range \
+                 whose struct pages are to be in RAM again; write ram, or leave it out"
+            ),
         }
     }
 }
@@ -238,6 +249,7 @@ pub struct Config<'a> {
     logical_block_size: u32,
     first: u32,
     copy: CopyPolicy,
+    memmap_force: bool,
     e820: bool,
 }
 
@@ -331,14 +343,33 @@ impl<'a> Config<'a> {
                 .ok_or(Error::TooManyDisks)?;
         }
 
-        // INVARIANT: All of it was just checked.
-        Ok(Config {
+        let memmap_force = word(
+            "pmem_memmap_force",
+            params.memmap_force,
+            "1 or 0",
+            [("1", true), ("0", false)],
+        )?;
+        let config = Config {
             params,
             logical_block_size,
             first,
             copy,
+            memmap_force,
             e820,
-        })
+        };
+        let e820_mode = e820.then(|| config.e820_mode());
+        if memmap_force
+            && config
+                .ranges()
+                .map(|(.., mode)| mode)
+                .chain(e820_mode)
+                .all(|mode| mode.struct_pages == StructPages::Dev)
+        {
+            return Err(Error::Force);
+        }
+
+        // INVARIANT: All of it was just checked.
+        Ok(config)
     }
 
     /// The ranges, in the order of the parameters, how each is split into disks, and how these are
@@ -360,6 +391,12 @@ impl<'a> Config<'a> {
             only(self.params.memmap).unwrap_or(StructPages::Ram.name()),
         );
         mode.unwrap_or_default()
+    }
+
+    /// Whether the header of a range whose struct pages were on it may be destroyed, if they are to
+    /// be in RAM.
+    pub fn memmap_force(&self) -> bool {
+        self.memmap_force
     }
 
     /// How bytes get into the ranges.
@@ -491,6 +528,7 @@ mod tests {
         first: "0",
         cache: "",
         memmap: "ram",
+        memmap_force: "0",
         copy: "auto",
         e820: "0",
     };
@@ -635,6 +673,27 @@ mod tests {
         assert_eq!(modes("wb,uc,wc", "ram"), None);
         assert_eq!(modes("WB", "ram"), None);
         assert_eq!(modes("wb", "1"), None);
+    }
+
+    #[test]
+    fn a_header_is_destroyed_for_ram_alone() {
+        let forced = |memmap, memmap_force| {
+            Config::new(Params {
+                start: "4G,16G",
+                size: "2G,8G",
+                memmap,
+                memmap_force,
+                ..GOOD
+            })
+            .map(|config| config.memmap_force())
+        };
+
+        assert_eq!(forced("ram", "0"), Ok(false));
+        assert_eq!(forced("ram", "1\n"), Ok(true));
+        assert_eq!(forced("dev,ram", "1"), Ok(true));
+        assert_eq!(forced("dev", "0"), Ok(false));
+        assert_eq!(forced("dev", "1"), Err(Error::Force));
+        assert!(matches!(forced("ram", "yes"), Err(Error::Word { .. })));
     }
 
     #[test]

@@ -23,6 +23,7 @@ fn params(line: &str) -> Params<'_> {
             "pmem_first" => &mut params.first,
             "pmem_cache" => &mut params.cache,
             "pmem_memmap" => &mut params.memmap,
+            "pmem_memmap_force" => &mut params.memmap_force,
             "pmem_copy" => &mut params.copy,
             "pmem_e820" => &mut params.e820,
             _ => panic!("no parameter {name}"),

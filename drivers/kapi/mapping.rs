@@ -17,6 +17,7 @@ use crate::pmem_core::persist::{
 use core::ptr::NonNull;
 use kernel::{
     error::from_err_ptr,
+    page::PAGE_SIZE,
     prelude::*,
     sync::Arc,
     types::Opaque, //
@@ -30,6 +31,18 @@ enum Kind {
     Memory,
     /// By `ioremap()`.
     Io,
+}
+
+/// The bytes of each of this kernel's struct pages.
+pub(crate) const STRUCT_PAGE_SIZE: u64 = size_of::<bindings::page>() as u64;
+
+/// Room at the start of a range for its own struct pages.
+#[derive(Clone, Copy)]
+pub(crate) struct Altmap {
+    /// The bytes before the room, which are left alone; a multiple of the page size.
+    pub(crate) kept: u64,
+    /// The bytes of the range that nobody else uses, those that are kept included.
+    pub(crate) size: u64,
 }
 
 /// A part of a [`Region`] that is mapped.
@@ -56,22 +69,35 @@ impl Mapping {
     /// Maps the `size` bytes at `start` of `region` write-back, with struct pages for a DAX file
     /// system; these are in the memory of `node`.
     ///
+    /// With `altmap`, they are on the range itself, and the mapping is what follows the room for
+    /// them. The kernel puts those of whole sections, 128 MiB, there; those of what is left before
+    /// the first and after the last one are in the memory of `node` all the same.
+    ///
     /// # Errors
     ///
-    /// - `EINVAL`: the range is not inside of `region`, or not a multiple of what the kernel maps
-    ///   at once, 2 MiB.
+    /// - `EINVAL`: the range is not inside of `region`, or it or what follows the room is not a
+    ///   multiple of what the kernel maps at once, 2 MiB.
     /// - `ENOMEM`: no memory for the struct pages or the page tables.
     /// - `ENXIO`: a part of the range is System RAM.
     pub(crate) fn with_pages(
         region: Arc<Region>,
         start: u64,
         size: u64,
+        altmap: Option<Altmap>,
         node: Node,
     ) -> Result<Self> {
         // SAFETY: Computed from constants.
         let align = u64::try_from(unsafe { bindings::memremap_compat_align() })?;
         let last = last(&region, start, size)?;
-        if (start | size) & (align.wrapping_sub(1)) != 0 {
+        let room = altmap.map_or(0, |altmap| altmap.size);
+        let rest = size
+            .checked_sub(room)
+            .filter(|&rest| rest != 0)
+            .ok_or(EINVAL)?;
+        if altmap.is_some_and(|Altmap { kept, size }| kept >= size) {
+            return Err(EINVAL);
+        }
+        if (start | size | room) & (align.wrapping_sub(1)) != 0 {
             return Err(EINVAL);
         }
 
@@ -80,21 +106,34 @@ impl Mapping {
             nr_range: 1,
             ..Default::default()
         };
+        if let Some(Altmap { kept, size }) = altmap {
+            let pages = |bytes: u64| usize::try_from(bytes / PAGE_SIZE as u64);
+            pgmap.flags |= bindings::PGMAP_ALTMAP_VALID;
+            pgmap.altmap = bindings::vmem_altmap {
+                base_pfn: pages(start)?,
+                end_pfn: pages(last)?,
+                reserve: pages(kept)?,
+                free: pages(size.wrapping_sub(kept))?,
+                ..Default::default()
+            };
+        }
         // SAFETY: With `nr_range` 1 this is the member of the union that is in use.
         *unsafe { pgmap.__bindgen_anon_1.range.as_mut() } = bindings::range { start, end: last };
         let pgmap = KBox::pin(Opaque::new(pgmap), GFP_KERNEL)?;
 
         // SAFETY: `pgmap` is initialized, and pinned until `memunmap_pages()`. The range is
         // claimed by `region`, so that nobody else has a mapping that this one could conflict
-        // with. `Node` is online.
+        // with. `Node` is online. The kernel writes to the room of `altmap` alone, which its owner
+        // does not access.
         let addr = from_err_ptr(unsafe { bindings::memremap_pages(pgmap.get(), node.id()) })?;
+        let addr = addr.cast::<u8>().wrapping_add(usize::try_from(room)?);
 
-        // INVARIANT: Just mapped.
+        // INVARIANT: Just mapped, and `room` is less than `size`.
         Ok(Mapping {
             kind: Kind::Pages(pgmap),
-            addr: NonNull::new(addr.cast()).ok_or(ENOMEM)?,
-            start,
-            size,
+            addr: NonNull::new(addr).ok_or(ENOMEM)?,
+            start: start.wrapping_add(room),
+            size: rest,
             _region: region,
         })
     }

@@ -37,6 +37,7 @@ use crate::{
         },
         size::Size, //
     },
+    reserve::Place, //
 };
 use kernel::{
     prelude::*,
@@ -56,6 +57,10 @@ string_params! {
         "Logical block size in bytes, 512 or 4096. Default: 512. Example: 4096";
     PMEM_CACHE: "pmem_cache" = c"",
         "How each range is mapped, or one word for all: wb (with DAX), wt, wc or uc (without). Default: wb. Example: wb,wc";
+    PMEM_MEMMAP: "pmem_memmap" = c"ram",
+        "Where the struct pages of each range are, or one word for all: ram, or dev (on the range itself, whose disks are smaller by 1/64). Default: ram. Example: ram,dev";
+    PMEM_MEMMAP_FORCE: "pmem_memmap_force" = c"0",
+        "Destroy the header of a range whose struct pages were on it, and are to be in RAM: 0 or 1. Default: 0";
     PMEM_FIRST: "pmem_first" = c"0",
         "Number of the first disk, the N of /dev/pmemN. Default: 0. Example: 1";
 }
@@ -84,6 +89,8 @@ pub(crate) fn prepare() -> Result<Prepared> {
         lbs: text("pmem_lbs", PMEM_LBS.get())?,
         first: text("pmem_first", PMEM_FIRST.get())?,
         cache: text("pmem_cache", PMEM_CACHE.get())?,
+        memmap: text("pmem_memmap", PMEM_MEMMAP.get())?,
+        memmap_force: text("pmem_memmap_force", PMEM_MEMMAP_FORCE.get())?,
         ..Params::default()
     }) {
         Ok(config) => config,
@@ -102,28 +109,37 @@ pub(crate) fn prepare() -> Result<Prepared> {
         pr_warn!("unable to guarantee persistence of writes\n");
     }
 
-    let mut prepared = KVec::new();
+    // All are looked at before one is written to.
+    let mut places = KVec::new();
     let mut number = config.first();
     for (range, split, mode) in config.ranges() {
+        let region = claim(range)?;
+        tell_left_over(range, &split);
+        for part in split.disks() {
+            let place = Place::check(
+                fmt!("pmem{}", number),
+                region.clone(),
+                part,
+                mode.struct_pages,
+                mode.cache,
+                config.memmap_force(),
+            )?;
+            places.push((number, mode, place), GFP_KERNEL)?;
+            // The sum was checked with the parameters.
+            number = number.wrapping_add(1);
+        }
+    }
+
+    let mut prepared = KVec::with_capacity(places.len(), GFP_KERNEL)?;
+    for (number, mode, place) in places {
+        let part = place.range();
         let options = Options {
             logical_block_size: config.logical_block_size(),
             cache: mode.cache,
         };
-        let region = claim(range)?;
-        tell_left_over(range, &split);
-        for part in split.disks() {
-            let disk = PmemDevice::prepare(
-                fmt!("pmem{}", number),
-                region.clone(),
-                part,
-                persist,
-                options,
-            )
+        let disk = PmemDevice::prepare(fmt!("pmem{}", number), place, persist, options)
             .map_err(|error| explain(error, number, part))?;
-            prepared.push((number, part, disk), GFP_KERNEL)?;
-            // The sum was checked with the parameters.
-            number = number.wrapping_add(1);
-        }
+        prepared.push((number, part, disk), GFP_KERNEL)?;
     }
 
     Ok(Prepared(prepared))
@@ -225,7 +241,7 @@ fn explain(error: Error, number: u32, range: PhysRange) -> Error {
             return EBUSY;
         }
         ENOMEM => pr_err!(
-            "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM, but for pmem_cache=wt, wc and uc\n",
+            "pmem{}: not enough memory to map {}; struct pages take 1/64 of its size in RAM, but for pmem_memmap=dev, and for pmem_cache=wt, wc and uc\n",
             number,
             range
         ),
