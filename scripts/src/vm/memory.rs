@@ -30,23 +30,28 @@ impl Persistent {
     /// The file is in `/dev/shm` if there is room, as nothing then writes it back to a disk meanwhile; otherwise in
     /// the cache.
     pub fn new(size: u64) -> Result<Self> {
+        Self::sparse(size, size)
+    }
+
+    /// As [`Persistent::new`], if no more than `used` bytes of it will ever be touched.
+    pub fn sparse(size: u64, used: u64) -> Result<Self> {
         let shm = Path::new("/dev/shm");
         let room = |dir: &Path| {
             statvfs(dir)
                 .map(|at| at.f_bavail.saturating_mul(at.f_frsize))
                 .unwrap_or(0)
         };
-        let dir = if room(shm).min(available_memory()) / 2 > size {
+        let dir = if room(shm).min(available_memory()) / 2 > used {
             scratch(shm, "pmem-memory")?
         } else {
             let parent = cache::create()?.join("vm");
             fs::create_dir_all(&parent)
                 .with_context(|| format!("cannot create {}", parent.display()))?;
             ensure!(
-                room(&parent) > size,
+                room(&parent) > used,
                 "{} has no room for the {} MiB of a guest's persistent memory; set XDG_CACHE_HOME to a place that has",
                 parent.display(),
-                size / MIB
+                used / MIB
             );
             scratch(&parent, "pmem-memory")?
         };

@@ -18,7 +18,7 @@ fn mount(vm: &Vm, mkfs: &str) -> Result<()> {
 }
 
 /// One fault instead of 512, and one entry of the TLB: what huge mappings are for.
-fn is_mapped_by_a_pmd(vm: &Vm) -> Result<()> {
+pub(crate) fn is_mapped_by_a_pmd(vm: &Vm) -> Result<()> {
     let output = vm.sh(
         "cd /sys/kernel/tracing && echo >trace && echo 1 >events/fs_dax/enable
          pmem-guest pmd /mnt/a/huge

@@ -10,6 +10,7 @@ mod filesystems;
 mod io;
 mod kmem;
 mod lifecycle;
+mod memmap;
 mod params;
 mod power;
 mod stock;
