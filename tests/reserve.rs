@@ -13,7 +13,8 @@ use pmem_core::{
         Machine,
         Persist,
         Source,
-        VolatileSlice, //
+        VolatileSlice,
+        Way, //
     },
     reserve::{
         check_dev,
@@ -292,7 +293,7 @@ struct Watched<'a> {
 impl Machine for Watched<'_> {
     const DURABLE: bool = true;
 
-    fn name(self) -> &'static str {
+    fn name(self, _way: Way) -> &'static str {
         "watched"
     }
 
@@ -304,6 +305,11 @@ impl Machine for Watched<'_> {
     unsafe fn store_granule(self, dst: *mut u8, value: u64) {
         // SAFETY: By the safety contract of this function.
         unsafe { self.memory.store_granule(dst, value) }
+    }
+
+    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
+        // SAFETY: By the safety contract of this function.
+        unsafe { self.memory.store_granules(dst, src, granules) }
     }
 
     unsafe fn stream_half(self, dst: *mut u8, src: Source) {

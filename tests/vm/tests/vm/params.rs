@@ -374,6 +374,14 @@ fn modinfo_tells_all() -> Result<()> {
             &["wb", "wt", "wc", "uc", "DAX", "Default: wb", "(charp)"],
         ),
         (
+            "parm:           pmem_memmap:",
+            &["ram", "dev", "1/64", "Default: ram", "(charp)"],
+        ),
+        (
+            "parm:           pmem_memmap_force:",
+            &["header", "0 or 1", "Default: 0", "(charp)"],
+        ),
+        (
             "parm:           pmem_first:",
             &["/dev/pmemN", "Default: 0", "Example: 1", "(charp)"],
         ),
