@@ -10,6 +10,9 @@
 //! A range that is not mapped write-back has no struct pages and no DAX, and then there is no write
 //! cache: a write is durable when it completes, and that is all there is to it.
 
+mod attributes;
+
+use self::attributes::Attributes;
 use crate::{
     kapi::{
         bio::{
@@ -20,6 +23,7 @@ use crate::{
         dax,
         disk::{
             self,
+            Disk,
             Features,
             Limits,
             Prepared, //
@@ -53,6 +57,7 @@ use kernel::{
     macros::kunit_tests,
     page,
     prelude::*,
+    str::CString,
     sync::Arc, //
 };
 
@@ -69,6 +74,8 @@ pub(crate) struct Options {
     pub(crate) logical_block_size: u32,
     /// How the range is mapped. A disk has DAX if that is write-back.
     pub(crate) cache: Cache,
+    /// Who found the range, in one word.
+    pub(crate) provider: &'static str,
 }
 
 /// One mapped range of persistent memory.
@@ -79,6 +86,7 @@ pub(crate) struct PmemDevice {
     cache: Cache,
     /// Where the struct pages are, if there are some.
     struct_pages: Option<StructPages>,
+    provider: &'static str,
 }
 
 impl PmemDevice {
@@ -100,11 +108,26 @@ impl PmemDevice {
         let Options {
             logical_block_size,
             cache,
+            provider,
         } = options;
         let mapping = if cache == Cache::WriteBack {
             Mapping::with_pages(region, range.start(), range.size(), altmap, node)?
         } else {
             Mapping::without_pages(region, range.start(), range.size(), cache)?
+        };
+        let struct_pages = match (cache, altmap) {
+            (Cache::WriteBack, None) => Some(StructPages::Ram),
+            (Cache::WriteBack, Some(_)) => Some(StructPages::Dev),
+            _ => None,
+        };
+        let attributes = Attributes {
+            range,
+            node,
+            cache: cache.name(),
+            copy: persist.name(),
+            is_durable: persist.is_durable(),
+            provider,
+            memmap: struct_pages.map_or("none", StructPages::name),
         };
         let device = Arc::new(
             PmemDevice {
@@ -112,11 +135,8 @@ impl PmemDevice {
                 persist,
                 node,
                 cache,
-                struct_pages: match (cache, altmap) {
-                    (Cache::WriteBack, None) => Some(StructPages::Ram),
-                    (Cache::WriteBack, Some(_)) => Some(StructPages::Dev),
-                    _ => None,
-                },
+                struct_pages,
+                provider,
             },
             GFP_KERNEL,
         )?;
@@ -139,32 +159,39 @@ impl PmemDevice {
             None
         };
         let capacity = Sector::containing(device.mapping.size());
-        Prepared::new(name, capacity, &limits, node, device, dax)
+        Prepared::new(name, capacity, &limits, node, device, dax)?
+            .with_attributes(attributes::NAME, Arc::new(attributes, GFP_KERNEL)?)
     }
 
-    /// Tells the log what the disk `name` of `range` is.
-    pub(crate) fn announce(&self, name: fmt::Arguments<'_>, range: PhysRange) {
+    /// Tells the log and user space what the disk `name` of `range` is.
+    pub(crate) fn announce(disk: &Disk<Self>, name: fmt::Arguments<'_>, range: PhysRange) {
+        let device = disk.data();
         pr_info!(
             "{}: {} at {}, node {}, {}, writes {} ({})\n",
             name,
-            Size(self.mapping.size()),
+            Size(device.mapping.size()),
             range,
-            self.node.id(),
-            match self.cache {
-                Cache::WriteBack if self.struct_pages == Some(StructPages::Dev) =>
+            device.node.id(),
+            match device.cache {
+                Cache::WriteBack if device.struct_pages == Some(StructPages::Dev) =>
                     "DAX with struct pages on the range",
                 Cache::WriteBack => "DAX",
                 Cache::WriteThrough => "write-through without DAX",
                 Cache::WriteCombining => "write-combining without DAX",
                 Cache::Uncached => "uncached without DAX",
             },
-            if self.persist.is_durable() {
+            if device.persist.is_durable() {
                 "durable"
             } else {
                 "not durable"
             },
-            self.persist.name()
+            device.persist.name()
         );
+        let sent = CString::try_from_fmt(fmt!("PMEM_PROVIDER={}", device.provider))
+            .and_then(|variable| disk.send_change(&variable));
+        if let Err(error) = sent {
+            pr_warn!("{}: no uevent with PMEM_PROVIDER ({:?})\n", name, error);
+        }
     }
 
     /// The part of the medium that `bio` is about.
@@ -278,7 +305,6 @@ impl dax::Operations for PmemDevice {
 mod tests {
     use super::*;
     use crate::kapi::{
-        disk::Disk,
         kunit::{
             self,
             buffer, //
@@ -336,6 +362,7 @@ mod tests {
             Options {
                 logical_block_size,
                 cache: Cache::WriteBack,
+                provider: "kunit",
             },
         )?
         .add()

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A device that is nothing but a few attributes in sysfs, under `/sys/devices/faux`.
+//! Attributes of devices in sysfs, and a device that is nothing but a few of them, under
+//! `/sys/devices/faux`.
 //!
-//! C headers: [`include/linux/device/faux.h`](srctree/include/linux/device/faux.h),
-//! [`include/linux/device.h`](srctree/include/linux/device.h)
+//! C headers: [`include/linux/device.h`](srctree/include/linux/device.h),
+//! [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h),
+//! [`include/linux/device/faux.h`](srctree/include/linux/device/faux.h)
 
 use super::bindings;
 use core::ptr::{
@@ -35,31 +37,193 @@ pub(crate) trait Attributes: Send + Sync + 'static {
     /// # Errors
     ///
     /// What `write(2)` is to give.
-    fn store(&self, index: usize, value: &str) -> Result;
+    fn store(&self, _index: usize, _value: &str) -> Result {
+        Err(EACCES)
+    }
 }
 
 /// The most attributes of a device.
 pub(crate) const MAX: usize = 8;
 
-/// What sysfs knows of a device's attributes.
+/// What sysfs knows of an attribute.
+#[repr(C)]
+struct Attribute {
+    // The first, so that a pointer to it is one to all of this.
+    raw: bindings::device_attribute,
+    index: usize,
+    data: *const c_void,
+}
+
+/// What sysfs knows of a group.
 struct Table {
-    attributes: [bindings::device_attribute; MAX],
+    attributes: [Attribute; MAX],
     // Ends with null.
     pointers: [*mut bindings::attribute; MAX + 1],
     group: bindings::attribute_group,
     groups: [*const bindings::attribute_group; 2],
 }
 
+/// What attributes are of, whatever it is.
+trait Data: Send + Sync {}
+
+impl<T: Attributes> Data for T {}
+
+/// Attributes for a device that is not registered yet.
+///
+/// # Invariants
+///
+/// `table` points into itself and to `data`, and does not move.
+pub(crate) struct Group {
+    table: KBox<Table>,
+    // Only kept alive.
+    _data: Arc<dyn Data>,
+}
+
+// SAFETY: The table does not change, and the data can be shared.
+unsafe impl Send for Group {}
+
+// SAFETY: As for `Send`.
+unsafe impl Sync for Group {}
+
+impl Group {
+    /// The attributes of `data`, in a directory called `name` if there is one, or else beside the
+    /// device's own.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new<T: Attributes>(name: Option<&'static CStr>, data: Arc<T>) -> Result<Self> {
+        const { assert!(T::LIST.len() <= MAX) };
+
+        let mut table = KBox::new(
+            Table {
+                attributes: [const {
+                    Attribute {
+                        raw: pin_init::zeroed(),
+                        index: 0,
+                        data: null(),
+                    }
+                }; MAX],
+                pointers: [null_mut(); MAX + 1],
+                group: pin_init::zeroed(),
+                groups: [null(); 2],
+            },
+            GFP_KERNEL,
+        )?;
+        {
+            // All of it is plain data; the pointers into it are why it does not move.
+            let table = &mut *table;
+            for (index, ((attribute, pointer), (name, writable))) in table
+                .attributes
+                .iter_mut()
+                .zip(&mut table.pointers)
+                .zip(T::LIST)
+                .enumerate()
+            {
+                attribute.index = index;
+                attribute.data = Arc::as_ptr(&data).cast();
+                let raw = &mut attribute.raw;
+                raw.attr.name = name.as_char_ptr();
+                raw.attr.mode = if *writable { 0o644 } else { 0o444 };
+                raw.__bindgen_anon_1.show = Some(show::<T>);
+                if *writable {
+                    raw.__bindgen_anon_2.store = Some(store::<T>);
+                }
+                // SAFETY: Initializes the lock class that debugging wants for attributes that are
+                // not static.
+                unsafe { bindings::pmem_helper_sysfs_attr_init(&mut raw.attr) };
+                // `attr` is the first member of the first one.
+                *pointer = (&raw mut *attribute).cast();
+            }
+            table.group.name = name.map_or(null(), |name| name.as_char_ptr());
+            table.group.__bindgen_anon_2.attrs = table.pointers.as_mut_ptr();
+            table.groups = [&table.group, null()];
+        }
+        // INVARIANT: Filled in above.
+        Ok(Group { table, _data: data })
+    }
+
+    /// What a device is registered with. It must not be registered any more when this is dropped.
+    pub(super) fn as_ptr(&self) -> *mut *const bindings::attribute_group {
+        self.table.groups.as_ptr().cast_mut()
+    }
+}
+
+/// The data of `attribute`, and which of its attributes it is.
+///
+/// # Safety
+///
+/// It is that of a call of `show` or `store` by the device core, for a device with a [`Group`] of
+/// a `T`.
+unsafe fn find<'a, T: Attributes>(attribute: *mut bindings::device_attribute) -> (&'a T, usize) {
+    // SAFETY: By the function's contract it is the first member of an `Attribute`, whose data is a
+    // `T`. Both live as long as the group, and the device core waits for calls in flight before
+    // the device is gone.
+    unsafe {
+        let attribute = &*attribute.cast::<Attribute>();
+        (&*attribute.data.cast::<T>(), attribute.index)
+    }
+}
+
+/// # Safety
+///
+/// Called by the device core, for a device with a [`Group`] of a `T`.
+unsafe extern "C" fn show<T: Attributes>(
+    _device: *mut bindings::device,
+    attribute: *mut bindings::device_attribute,
+    page: *mut c_char,
+) -> isize {
+    // SAFETY: By the function's contract.
+    let (data, index) = unsafe { find::<T>(attribute) };
+    match data.show(index) {
+        Ok(text) => {
+            let len = text.to_bytes().len().min(PAGE_SIZE - 2);
+            // SAFETY: `page` has `PAGE_SIZE` bytes.
+            unsafe {
+                page.cast::<u8>()
+                    .copy_from_nonoverlapping(text.as_char_ptr().cast(), len);
+                page.add(len).write(b'\n' as c_char);
+                page.add(len + 1).write(0);
+            }
+            (len + 1) as isize
+        }
+        Err(error) => error.to_errno() as isize,
+    }
+}
+
+/// # Safety
+///
+/// As for [`show`].
+unsafe extern "C" fn store<T: Attributes>(
+    _device: *mut bindings::device,
+    attribute: *mut bindings::device_attribute,
+    text: *const c_char,
+    count: usize,
+) -> isize {
+    // SAFETY: By the function's contract; `kernfs` terminates what is written with NUL.
+    let (data, index, text) = unsafe {
+        let (data, index) = find::<T>(attribute);
+        (data, index, CStr::from_char_ptr(text))
+    };
+    let result = match text.to_str() {
+        Ok(text) => data.store(index, text.strip_suffix('\n').unwrap_or(text)),
+        Err(_) => Err(EINVAL),
+    };
+    match result {
+        Ok(()) => count as isize,
+        Err(error) => error.to_errno() as isize,
+    }
+}
+
 /// A registered device with attributes of `T`.
 ///
 /// # Invariants
 ///
-/// `device` is registered, its attributes are those of `table`, and its driver data is `data`, or
-/// not set yet.
+/// `device` is registered, with the attributes of `_group`.
 pub(crate) struct Device<T: Attributes> {
     device: NonNull<bindings::faux_device>,
-    _table: KBox<Table>,
     // Lives until nobody is in an attribute any more.
+    _group: Group,
     #[cfg_attr(not(PMEM_DAX_BUS), expect(dead_code, reason = "only kept alive"))]
     data: Arc<T>,
 }
@@ -78,61 +242,20 @@ impl<T: Attributes> Device<T> {
     /// - `ENODEV`: the name is taken.
     /// - `ENOMEM`.
     pub(crate) fn new(name: &CStr, data: Arc<T>) -> Result<Self> {
-        let mut table = KBox::new(
-            Table {
-                attributes: [pin_init::zeroed(); MAX],
-                pointers: [null_mut(); MAX + 1],
-                group: pin_init::zeroed(),
-                groups: [null(); 2],
-            },
-            GFP_KERNEL,
-        )?;
-        {
-            // All of it is plain data; the pointers into it are why it is pinned.
-            let table = &mut *table;
-            for ((attribute, pointer), (name, writable)) in table
-                .attributes
-                .iter_mut()
-                .zip(&mut table.pointers)
-                .zip(T::LIST)
-            {
-                attribute.attr.name = name.as_char_ptr();
-                attribute.attr.mode = if *writable { 0o644 } else { 0o444 };
-                attribute.__bindgen_anon_1.show = Some(Self::show);
-                if *writable {
-                    attribute.__bindgen_anon_2.store = Some(Self::store);
-                }
-                // SAFETY: Initializes the lock class that debugging wants for attributes that are
-                // not static.
-                unsafe { bindings::pmem_helper_sysfs_attr_init(&mut attribute.attr) };
-                *pointer = &mut attribute.attr;
-            }
-            table.group.__bindgen_anon_2.attrs = table.pointers.as_mut_ptr();
-            table.groups = [&table.group, null()];
-        }
-
-        // SAFETY: The name is copied. The table is pinned, and outlives the device: it is dropped
-        // after `drop()`.
+        let group = Group::new(None, data.clone())?;
+        // SAFETY: The name is copied. The group outlives the device: it is dropped after `drop()`.
         let device = unsafe {
             bindings::faux_device_create_with_groups(
                 name.as_char_ptr(),
                 null_mut(),
                 null(),
-                table.groups.as_ptr().cast_mut(),
+                group.as_ptr(),
             )
         };
-        let device = NonNull::new(device).ok_or(ENODEV)?;
-        // SAFETY: The device is registered. `data` lives until nobody is in an attribute any more.
-        unsafe {
-            bindings::pmem_helper_dev_set_drvdata(
-                &raw mut (*device.as_ptr()).dev,
-                Arc::as_ptr(&data).cast_mut().cast(),
-            )
-        };
-        // INVARIANT: Just done.
+        // INVARIANT: Just registered.
         Ok(Device {
-            device,
-            _table: table,
+            device: NonNull::new(device).ok_or(ENODEV)?,
+            _group: group,
             data,
         })
     }
@@ -141,77 +264,6 @@ impl<T: Attributes> Device<T> {
     #[cfg(PMEM_DAX_BUS)]
     pub(crate) fn data(&self) -> &Arc<T> {
         &self.data
-    }
-
-    /// The data of `device` and which of its attributes `attribute` is.
-    ///
-    /// # Safety
-    ///
-    /// They are those of a call of `show` or `store` by the device core.
-    unsafe fn find<'a>(
-        device: *mut bindings::device,
-        attribute: *mut bindings::device_attribute,
-    ) -> Result<(&'a T, usize)> {
-        // SAFETY: By the type invariant, and as the device core waits for calls in flight before
-        // the device is gone. A reader can be quicker than `new()`.
-        let data = unsafe {
-            bindings::pmem_helper_dev_get_drvdata(device)
-                .cast::<T>()
-                .as_ref()
-        };
-        // SAFETY: By the function's contract.
-        let name = unsafe { CStr::from_char_ptr((*attribute).attr.name) };
-        let index = T::LIST.iter().position(|(other, _)| *other == name);
-        data.zip(index).ok_or(ENODEV)
-    }
-
-    /// # Safety
-    ///
-    /// Called by the device core, for a device of `new()`.
-    unsafe extern "C" fn show(
-        device: *mut bindings::device,
-        attribute: *mut bindings::device_attribute,
-        page: *mut c_char,
-    ) -> isize {
-        // SAFETY: By the function's contract.
-        let found = unsafe { Self::find(device, attribute) };
-        let text = found.and_then(|(data, index)| data.show(index));
-        match text {
-            Ok(text) => {
-                let len = text.to_bytes().len().min(PAGE_SIZE - 2);
-                // SAFETY: `page` has `PAGE_SIZE` bytes.
-                unsafe {
-                    page.cast::<u8>()
-                        .copy_from_nonoverlapping(text.as_char_ptr().cast(), len);
-                    page.add(len).write(b'\n' as c_char);
-                    page.add(len + 1).write(0);
-                }
-                (len + 1) as isize
-            }
-            Err(error) => error.to_errno() as isize,
-        }
-    }
-
-    /// # Safety
-    ///
-    /// As for [`show`](Self::show).
-    unsafe extern "C" fn store(
-        device: *mut bindings::device,
-        attribute: *mut bindings::device_attribute,
-        text: *const c_char,
-        count: usize,
-    ) -> isize {
-        // SAFETY: By the function's contract; `kernfs` terminates what is written with NUL.
-        let result = unsafe {
-            Self::find(device, attribute).and_then(|(data, index)| {
-                let text = CStr::from_char_ptr(text).to_str().map_err(|_| EINVAL)?;
-                data.store(index, text.strip_suffix('\n').unwrap_or(text))
-            })
-        };
-        match result {
-            Ok(()) => count as isize,
-            Err(error) => error.to_errno() as isize,
-        }
     }
 }
 

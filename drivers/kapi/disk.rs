@@ -5,6 +5,10 @@
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use super::{
+    attribute::{
+        Attributes,
+        Group, //
+    },
     bindings,
     bio::Bio,
     dax,
@@ -13,7 +17,10 @@ use super::{
 use crate::pmem_core::extent::Sector;
 use core::{
     ops::BitOr,
-    ptr::NonNull, //
+    ptr::{
+        null_mut,
+        NonNull, //
+    }, //
 };
 use kernel::{
     error::{
@@ -142,6 +149,7 @@ pub(crate) struct Prepared<T: Operations> {
     // In the order in which they go.
     host: Option<dax::Host<T>>,
     disk: Allocated,
+    group: Option<Group>,
     data: Arc<T>,
 }
 
@@ -221,7 +229,27 @@ impl<T: Operations> Prepared<T> {
         };
 
         // INVARIANT: Set above.
-        Ok(Prepared { host, disk, data })
+        Ok(Prepared {
+            host,
+            disk,
+            group: None,
+            data,
+        })
+    }
+
+    /// Gives the disk the attributes of `data`, in a directory called `name` of its own. They are
+    /// there when user space hears of the disk.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn with_attributes(
+        mut self,
+        name: &'static CStr,
+        data: Arc<impl Attributes>,
+    ) -> Result<Self> {
+        self.group = Some(Group::new(Some(name), data)?);
+        Ok(self)
     }
 
     /// Shows the disk to users.
@@ -237,15 +265,10 @@ impl<T: Operations> Prepared<T> {
     /// - `EEXIST`: the name is taken.
     /// - `ENOMEM`.
     pub(crate) fn add(self) -> Result<Disk<T>> {
-        // SAFETY: By the type invariant the disk is complete. `data` lives until `del_gendisk()`
-        // has waited for the bios that are in flight.
-        to_result(unsafe {
-            bindings::device_add_disk(
-                core::ptr::null_mut(),
-                self.disk.0.as_ptr(),
-                core::ptr::null_mut(),
-            )
-        })?;
+        let groups = self.group.as_ref().map_or(null_mut(), Group::as_ptr);
+        // SAFETY: By the type invariant the disk is complete. `data` and the group live until
+        // `del_gendisk()` has waited for the bios that are in flight, and removed the attributes.
+        to_result(unsafe { bindings::device_add_disk(null_mut(), self.disk.0.as_ptr(), groups) })?;
         // INVARIANT: Just added.
         Ok(Disk(self))
     }
@@ -286,7 +309,7 @@ pub(crate) struct Disk<T: Operations>(Prepared<T>);
 
 impl<T: Operations> Disk<T> {
     /// What serves the disk.
-    pub(crate) fn data(&self) -> &T {
+    pub(crate) fn data(&self) -> &Arc<T> {
         &self.0.data
     }
 
@@ -304,6 +327,27 @@ impl<T: Operations> Disk<T> {
             bindings::pmem_helper_disk_unlock_open(disk);
             unused
         }
+    }
+
+    /// Tells user space, by a uevent, that the disk has changed. `variable` comes with it, a name
+    /// and a value: `NAME=value`.
+    ///
+    /// The uevent of a disk that is added can have no variable of the driver's: the block layer
+    /// sends it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn send_change(&self, variable: &CStr) -> Result {
+        let mut variables = [variable.as_char_ptr().cast_mut(), null_mut()];
+        // SAFETY: The disk is live. The list ends with null, and its strings are only read.
+        to_result(unsafe {
+            bindings::kobject_uevent_env(
+                &raw mut (*(*self.0.disk.0.as_ptr()).part0).bd_device.kobj,
+                bindings::kobject_action_KOBJ_CHANGE,
+                variables.as_mut_ptr(),
+            )
+        })
     }
 
     /// The C object, which is live.

@@ -136,6 +136,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
         let options = Options {
             logical_block_size: config.logical_block_size(),
             cache: mode.cache,
+            provider: "memmap",
         };
         let disk = PmemDevice::prepare(fmt!("pmem{}", number), place, persist, options)
             .map_err(|error| explain(error, number, part))?;
@@ -167,7 +168,7 @@ impl Prepared {
         for (number, part, disk) in self.0 {
             match disk.add() {
                 Ok(disk) => {
-                    disk.data().announce(fmt!("pmem{}", number), part);
+                    PmemDevice::announce(&disk, fmt!("pmem{}", number), part);
                     // There is room for all of them.
                     let _ = disks.push_within_capacity(disk);
                 }
