@@ -11,8 +11,12 @@
 //! cache: a write is durable when it completes, and that is all there is to it.
 
 mod attributes;
+mod counters;
 
-use self::attributes::Attributes;
+use self::{
+    attributes::Attributes,
+    counters::Counters, //
+};
 use crate::{
     kapi::{
         bio::{
@@ -21,6 +25,7 @@ use crate::{
             Status, //
         },
         dax,
+        debugfs,
         disk::{
             self,
             Disk,
@@ -78,6 +83,9 @@ pub(crate) struct Options {
     pub(crate) provider: &'static str,
 }
 
+/// A disk's directory of debugfs.
+pub(crate) type Directory = debugfs::Files<PmemDevice, LocalModule>;
+
 /// One mapped range of persistent memory.
 pub(crate) struct PmemDevice {
     mapping: Mapping,
@@ -87,6 +95,7 @@ pub(crate) struct PmemDevice {
     /// Where the struct pages are, if there are some.
     struct_pages: Option<StructPages>,
     provider: &'static str,
+    counters: Counters,
 }
 
 impl PmemDevice {
@@ -137,6 +146,7 @@ impl PmemDevice {
                 cache,
                 struct_pages,
                 provider,
+                counters: Counters::new()?,
             },
             GFP_KERNEL,
         )?;
@@ -194,6 +204,19 @@ impl PmemDevice {
         }
     }
 
+    /// Makes a directory of debugfs, `name` in `parent`, which goes when what is returned is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`. That debugfs itself has failed is no error, by its own rules.
+    pub(crate) fn debugfs(
+        device: &Arc<Self>,
+        parent: Arc<debugfs::Dir>,
+        name: fmt::Arguments<'_>,
+    ) -> Result<Directory> {
+        Directory::new(&CString::try_from_fmt(name)?, parent, device.clone())
+    }
+
     /// The part of the medium that `bio` is about.
     #[inline]
     fn window(&self, bio: &Bio) -> Result<VolatileSlice<'_>, Status> {
@@ -213,14 +236,14 @@ impl PmemDevice {
         self.slice(extent).ok_or(ERANGE)
     }
 
-    /// Calls `copy` with each segment of `bio` and its place on the medium.
+    /// Calls `copy` with each segment of `bio` and its place on `medium`, the part that `bio` is
+    /// about.
     #[inline]
-    fn transfer(
-        &self,
+    fn transfer<'a>(
+        mut medium: VolatileSlice<'a>,
         bio: &Bio,
-        mut copy: impl FnMut(VolatileSlice<'_>, VolatileSlice<'_>) -> Result<(), Status>,
+        mut copy: impl FnMut(VolatileSlice<'a>, VolatileSlice<'_>) -> Result<(), Status>,
     ) -> Result<(), Status> {
-        let mut medium = self.window(bio)?;
         for segment in bio.segments() {
             let (part, rest) = medium.split_at(segment.len()).ok_or(Status::IOERR)?;
             copy(part, segment)?;
@@ -233,15 +256,25 @@ impl PmemDevice {
     fn serve(&self, bio: &Bio) -> Result<(), Status> {
         if bio.is_preflush() {
             self.persist.fence();
+            self.counters.count_flush();
         }
         match bio.op() {
-            bio::Op::Read => self.transfer(bio, |medium, segment| {
-                mc::copy(segment, medium).map_err(|_| Status::IOERR)
-            }),
+            bio::Op::Read => {
+                let medium = self.window(bio)?;
+                self.counters.count_read(bio.size());
+                Self::transfer(medium, bio, |medium, segment| {
+                    mc::copy(segment, medium).map_err(|_| {
+                        self.counters.add_media_errors(1);
+                        Status::IOERR
+                    })
+                })
+            }
             // A flush alone, which is done.
             bio::Op::Write if bio.size() == 0 => Ok(()),
             bio::Op::Write => {
-                self.transfer(bio, |medium, segment| {
+                let medium = self.window(bio)?;
+                self.counters.count_write(bio.size());
+                Self::transfer(medium, bio, |medium, segment| {
                     self.persist.write(medium, segment);
                     Ok(())
                 })?;
@@ -249,12 +282,15 @@ impl PmemDevice {
                 Ok(())
             }
             bio::Op::WriteZeroes => {
-                self.persist.write_zeroes(self.window(bio)?);
+                let medium = self.window(bio)?;
+                self.counters.count_write_zeroes();
+                self.persist.write_zeroes(medium);
                 self.persist.fence();
                 Ok(())
             }
             bio::Op::Flush => {
                 self.persist.fence();
+                self.counters.count_flush();
                 Ok(())
             }
             bio::Op::Discard | bio::Op::Other(_) => Err(Status::NOTSUPP),

@@ -80,6 +80,19 @@ void pmem_helper_sysfs_attr_init(struct attribute *attr);
 void pmem_helper_dev_set_drvdata(struct device *dev, void *data);
 void *pmem_helper_dev_get_drvdata(const struct device *dev);
 
+/* debugfs.rs */
+struct dentry *pmem_helper_debugfs_create_dir(const char *name, struct dentry *parent);
+struct dentry *pmem_helper_debugfs_create_file(const char *name, umode_t mode,
+					       struct dentry *parent, void *data,
+					       const struct file_operations *fops);
+void pmem_helper_debugfs_remove(struct dentry *dentry);
+
+/* percpu.rs: as in Rust, per-CPU memory is a number here, not the address that it is not. */
+unsigned long pmem_helper_percpu_alloc(size_t size, size_t align);
+void pmem_helper_percpu_free(unsigned long percpu);
+void pmem_helper_percpu_add(unsigned long percpu, u64 n);
+u64 pmem_helper_percpu_sum(unsigned long percpu);
+
 #ifdef PMEM_DAX_BUS
 /* daxbus.rs */
 bool pmem_helper_dev_dax_range(const struct dev_dax *dev_dax, struct range *range);

@@ -252,6 +252,11 @@ impl<T: Operations> Prepared<T> {
         Ok(self)
     }
 
+    /// What is to serve the disk.
+    pub(crate) fn data(&self) -> &Arc<T> {
+        &self.data
+    }
+
     /// Shows the disk to users.
     ///
     /// From then on it may be open, by a scan for partitions in the first place, whose file is

@@ -4,6 +4,7 @@
  */
 
 #include <linux/blkdev.h>
+#include <linux/debugfs.h>
 #include <linux/device.h>
 #include <linux/gfp.h>
 #include <linux/io.h>
@@ -14,6 +15,7 @@
 #include <linux/numa.h>
 #include <linux/page-flags.h>
 #include <linux/pageblock-flags.h>
+#include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/smp.h>
 #include <linux/string.h>
@@ -73,6 +75,48 @@ void pmem_helper_dev_set_drvdata(struct device *dev, void *data)
 void *pmem_helper_dev_get_drvdata(const struct device *dev)
 {
 	return dev_get_drvdata(dev);
+}
+
+struct dentry *pmem_helper_debugfs_create_dir(const char *name, struct dentry *parent)
+{
+	return debugfs_create_dir(name, parent);
+}
+
+struct dentry *pmem_helper_debugfs_create_file(const char *name, umode_t mode,
+					       struct dentry *parent, void *data,
+					       const struct file_operations *fops)
+{
+	return debugfs_create_file(name, mode, parent, data, fops);
+}
+
+void pmem_helper_debugfs_remove(struct dentry *dentry)
+{
+	debugfs_remove(dentry);
+}
+
+unsigned long pmem_helper_percpu_alloc(size_t size, size_t align)
+{
+	return (__force unsigned long)__alloc_percpu(size, align);
+}
+
+void pmem_helper_percpu_free(unsigned long percpu)
+{
+	free_percpu((__force void __percpu *)percpu);
+}
+
+void pmem_helper_percpu_add(unsigned long percpu, u64 n)
+{
+	this_cpu_add(*(__force u64 __percpu *)percpu, n);
+}
+
+u64 pmem_helper_percpu_sum(unsigned long percpu)
+{
+	u64 sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += READ_ONCE(*per_cpu_ptr((__force u64 __percpu *)percpu, cpu));
+	return sum;
 }
 
 #ifdef PMEM_DAX_BUS

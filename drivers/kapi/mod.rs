@@ -13,6 +13,7 @@ pub(crate) mod cpu;
 pub(crate) mod dax;
 #[cfg(PMEM_DAX_BUS)]
 pub(crate) mod daxbus;
+pub(crate) mod debugfs;
 pub(crate) mod disk;
 pub(crate) mod hotplug;
 #[cfg(CONFIG_KUNIT = "y")]
@@ -21,6 +22,7 @@ pub(crate) mod mapping;
 pub(crate) mod mc;
 pub(crate) mod numa;
 pub(crate) mod param;
+pub(crate) mod percpu;
 pub(crate) mod random;
 pub(crate) mod region;
 pub(crate) mod tier;

@@ -5,12 +5,14 @@
 
 use crate::{
     device::{
+        Directory,
         Options,
         PmemDevice, //
     },
     kapi::{
         config,
         cpu,
+        debugfs::Dir,
         disk::{
             self,
             Disk, //
@@ -65,11 +67,18 @@ string_params! {
         "Number of the first disk, the N of /dev/pmemN. Default: 0. Example: 1";
 }
 
-/// The disks of all ranges.
-pub(crate) type Disks = KVec<Disk<PmemDevice>>;
+/// The disks of all ranges, and their directories of debugfs, which go first.
+pub(crate) type Disks = KVec<(Directory, Disk<PmemDevice>)>;
 
 /// Disks that are complete, and that nobody sees yet.
-pub(crate) struct Prepared(KVec<(u32, PhysRange, disk::Prepared<PmemDevice>)>);
+pub(crate) struct Prepared(KVec<PreparedDisk>);
+
+struct PreparedDisk {
+    number: u32,
+    range: PhysRange,
+    disk: disk::Prepared<PmemDevice>,
+    debugfs: Directory,
+}
 
 /// Makes disks of the ranges that the parameters name: of all of them, or of none.
 ///
@@ -130,6 +139,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
         }
     }
 
+    let debugfs = Arc::new(Dir::new(c"pmem", None), GFP_KERNEL)?;
     let mut prepared = KVec::with_capacity(places.len(), GFP_KERNEL)?;
     for (number, mode, place) in places {
         let part = place.range();
@@ -140,7 +150,14 @@ pub(crate) fn prepare() -> Result<Prepared> {
         };
         let disk = PmemDevice::prepare(fmt!("pmem{}", number), place, persist, options)
             .map_err(|error| explain(error, number, part))?;
-        prepared.push((number, part, disk), GFP_KERNEL)?;
+        let debugfs = PmemDevice::debugfs(disk.data(), debugfs.clone(), fmt!("pmem{}", number))?;
+        let disk = PreparedDisk {
+            number,
+            range: part,
+            disk,
+            debugfs,
+        };
+        prepared.push(disk, GFP_KERNEL)?;
     }
 
     Ok(Prepared(prepared))
@@ -165,15 +182,21 @@ impl Prepared {
     /// - `ENOMEM`.
     pub(crate) fn add(self) -> Result<Disks> {
         let mut disks = KVec::with_capacity(self.0.len(), GFP_KERNEL)?;
-        for (number, part, disk) in self.0 {
+        for prepared in self.0 {
+            let PreparedDisk {
+                number,
+                range,
+                disk,
+                debugfs,
+            } = prepared;
             match disk.add() {
                 Ok(disk) => {
-                    PmemDevice::announce(&disk, fmt!("pmem{}", number), part);
+                    PmemDevice::announce(&disk, fmt!("pmem{}", number), range);
                     // There is room for all of them.
-                    let _ = disks.push_within_capacity(disk);
+                    let _ = disks.push_within_capacity((debugfs, disk));
                 }
                 Err(error) => {
-                    let error = explain(error, number, part);
+                    let error = explain(error, number, range);
                     if disks.is_empty() {
                         return Err(error);
                     }

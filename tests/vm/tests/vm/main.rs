@@ -14,3 +14,4 @@ mod memmap;
 mod params;
 mod power;
 mod stock;
+mod sysfs;
