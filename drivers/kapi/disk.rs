@@ -18,6 +18,7 @@ use crate::pmem_core::extent::Sector;
 use core::{
     ops::BitOr,
     ptr::{
+        null,
         null_mut,
         NonNull, //
     }, //
@@ -133,6 +134,32 @@ impl Default for Limits {
 /// Holds a reference that `__blk_alloc_disk()` has given.
 struct Allocated(NonNull<bindings::gendisk>);
 
+impl Allocated {
+    /// Fails with `EEXIST` if a disk or a partition of this name is there already.
+    ///
+    /// Who adds a disk finds out, too, but sysfs then complains in the log. Another one may still
+    /// take the name between this and that.
+    fn check_name(&self, name: &CStr) -> Result {
+        // SAFETY: The disk has a device from its allocation on, whose class is that of all disks
+        // and partitions: the static itself is not exported. The name is compared with theirs.
+        // What is found has a reference, which is given back.
+        unsafe {
+            let device = &raw const (*(*self.0.as_ptr()).part0).bd_device;
+            let found = bindings::class_find_device(
+                (*device).class,
+                null(),
+                name.as_char_ptr().cast(),
+                Some(bindings::device_match_name),
+            );
+            if found.is_null() {
+                return Ok(());
+            }
+            bindings::put_device(found);
+        }
+        Err(EEXIST)
+    }
+}
+
 impl Drop for Allocated {
     fn drop(&mut self) {
         // SAFETY: By the type invariant.
@@ -172,6 +199,7 @@ impl<T: Operations> Prepared<T> {
     ///
     /// # Errors
     ///
+    /// - `EEXIST`: the name is taken.
     /// - `EINVAL`: the limits contradict each other, or the name is too long.
     /// - `ENOMEM`.
     pub(crate) fn new(
@@ -202,6 +230,7 @@ impl<T: Operations> Prepared<T> {
         let disk = Allocated(NonNull::new(disk).ok_or(ENOMEM)?);
 
         let name = CString::try_from_fmt(name)?;
+        disk.check_name(&name)?;
         {
             // SAFETY: Nobody else knows the disk yet.
             let disk = unsafe { &mut *disk.0.as_ptr() };
@@ -270,6 +299,9 @@ impl<T: Operations> Prepared<T> {
     /// - `EEXIST`: the name is taken.
     /// - `ENOMEM`.
     pub(crate) fn add(self) -> Result<Disk<T>> {
+        // SAFETY: `new()` has written the name, with a NUL at its end.
+        let name = unsafe { CStr::from_char_ptr((*self.disk.0.as_ptr()).disk_name.as_ptr()) };
+        self.disk.check_name(name)?;
         let groups = self.group.as_ref().map_or(null_mut(), Group::as_ptr);
         // SAFETY: By the type invariant the disk is complete. `data` and the group live until
         // `del_gendisk()` has waited for the bios that are in flight, and removed the attributes.
