@@ -15,7 +15,10 @@ use crate::pmem_core::{
         },
     },
     memmap,
-    range::PhysRange,
+    range::{
+        self,
+        PhysRange, //
+    },
     reserve,
     size::Size, //
 };
@@ -40,6 +43,7 @@ display!(
     PhysRange,
     Place,
     ProbeError,
+    range::Error,
     Repair,
     Size,
     Uuid,

@@ -27,25 +27,24 @@ module! {
 }
 
 struct Pmem {
-    _memmap: provider::memmap::Disks,
+    _disks: provider::Disks,
     _kmem: kmem::Kmem,
 }
 
 impl kernel::Module for Pmem {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        let memmap = provider::memmap::prepare()?;
+        let disks = provider::prepare()?;
         let kmem = kmem::prepare()?;
         // Who loads the module wants something of it; who has it built in may not.
-        if cfg!(MODULE) && memmap.is_empty() && kmem.is_empty() {
-            pr_err!("{}\n", pmem_core::memmap::Error::NoRange);
-            return Err(EINVAL);
+        if cfg!(MODULE) && disks.is_empty() && kmem.is_empty() {
+            return Err(disks.explain_empty());
         }
 
         // With the first disk or memory that is added it is too late to fail.
-        let memmap = memmap.add()?;
-        let kmem = kmem.online(!memmap.is_empty())?;
+        let disks = disks.add()?;
+        let kmem = kmem.online(!disks.is_empty())?;
         Ok(Pmem {
-            _memmap: memmap,
+            _disks: disks,
             _kmem: kmem,
         })
     }

@@ -93,6 +93,9 @@ void pmem_helper_percpu_free(unsigned long percpu);
 void pmem_helper_percpu_add(unsigned long percpu, u64 n);
 u64 pmem_helper_percpu_sum(unsigned long percpu);
 
+/* platform.rs */
+bool pmem_helper_platform_is_bound(const char *name);
+
 #ifdef PMEM_DAX_BUS
 /* daxbus.rs */
 bool pmem_helper_dev_dax_range(const struct dev_dax *dev_dax, struct range *range);

@@ -16,6 +16,7 @@
 #include <linux/page-flags.h>
 #include <linux/pageblock-flags.h>
 #include <linux/percpu.h>
+#include <linux/platform_device.h>
 #include <linux/sched.h>
 #include <linux/smp.h>
 #include <linux/string.h>
@@ -117,6 +118,21 @@ u64 pmem_helper_percpu_sum(unsigned long percpu)
 	for_each_possible_cpu(cpu)
 		sum += READ_ONCE(*per_cpu_ptr((__force u64 __percpu *)percpu, cpu));
 	return sum;
+}
+
+bool pmem_helper_platform_is_bound(const char *name)
+{
+	struct device *dev = bus_find_device_by_name(&platform_bus_type, NULL, name);
+	bool bound;
+
+	if (!dev)
+		return false;
+	/* A driver that is in its probe() has the lock. */
+	device_lock(dev);
+	bound = dev->driver;
+	device_unlock(dev);
+	put_device(dev);
+	return bound;
 }
 
 #ifdef PMEM_DAX_BUS

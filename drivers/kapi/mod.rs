@@ -23,6 +23,7 @@ pub(crate) mod mc;
 pub(crate) mod numa;
 pub(crate) mod param;
 pub(crate) mod percpu;
+pub(crate) mod platform;
 pub(crate) mod random;
 pub(crate) mod region;
 pub(crate) mod tier;

@@ -9,7 +9,10 @@ use core::ptr::{
     addr_of_mut,
     NonNull, //
 };
-use kernel::prelude::*;
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
 
 /// Returns whether any byte of the `size` bytes at `start` is System RAM.
 pub(crate) fn meets_system_ram(start: u64, size: u64) -> Result<bool> {
@@ -31,6 +34,45 @@ pub(crate) fn mappable() -> (u64, u64) {
     // SAFETY: Computed from constants and CPU features.
     let range = unsafe { bindings::mhp_get_pluggable_range(true) };
     (range.start, range.end)
+}
+
+/// Returns the ranges that the firmware's memory map says are persistent memory of type 12, or
+/// `memmap=nn!ss` on the kernel's command line: the first byte of each, and its length.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+pub(crate) fn legacy_persistent_memory() -> Result<KVec<(u64, u64)>> {
+    /// # Safety
+    ///
+    /// `found` is the list, and `resource` valid.
+    unsafe extern "C" fn add(resource: *mut bindings::resource, found: *mut c_void) -> c_int {
+        // SAFETY: By the function's contract; nobody else has the list meanwhile.
+        let (resource, found) = unsafe { (&*resource, &mut *found.cast::<KVec<(u64, u64)>>()) };
+        let beyond = resource.end.wrapping_sub(resource.start);
+        match found.push((resource.start, beyond.wrapping_add(1)), GFP_KERNEL) {
+            Ok(()) => 0,
+            Err(error) => Error::from(error).to_errno(),
+        }
+    }
+
+    let mut found = KVec::new();
+    // SAFETY: Calls `add()` with the list and copies of resources, without a lock.
+    let ret = unsafe {
+        bindings::walk_iomem_res_desc(
+            bindings::IORES_DESC_PERSISTENT_MEMORY_LEGACY as c_ulong,
+            bindings::IORESOURCE_MEM as c_ulong,
+            0,
+            u64::MAX,
+            (&raw mut found).cast(),
+            Some(add),
+        )
+    };
+    // It says EINVAL when there is none.
+    match to_result(ret) {
+        Err(error) if error != EINVAL => Err(error),
+        _ => Ok(found),
+    }
 }
 
 /// A range of physical addresses that nobody else can claim.

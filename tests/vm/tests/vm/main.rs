@@ -6,6 +6,7 @@ mod builtin;
 mod cache;
 mod dax;
 mod disks;
+mod e820;
 mod filesystems;
 mod io;
 mod kmem;
