@@ -80,15 +80,17 @@ fn completed_writes_survive_in_each_mode() -> Result<()> {
     })
 }
 
-/// Sectors, unaligned buffers and zeroes are right in each mode.
+/// Sectors and zeroes are right in each mode, and through the cache.
 #[test]
 fn verification_passes_in_each_mode() -> Result<()> {
     boot(stock()?, |vm| {
-        load(
-            vm,
-            &LOAD.replace("pmem_size=256M", "pmem_size=64M,64M,64M,64M"),
-        )?;
-        for n in 0..4 {
+        load(vm, &format!("{LOAD} pmem_cache=wt,wc,uc,wb pmem_copy=wb"))?;
+        for (n, copy) in ["movnti", "movnti", "movnti", "mov+clwb"]
+            .iter()
+            .enumerate()
+        {
+            let instructions = vm.text(&format!("/sys/block/pmem{n}/pmem/copy"))?;
+            assert_eq!(instructions.trim(), *copy);
             vm.sh(&format!(
                 "fio --name=x --filename=/dev/pmem{n} --direct=1 --rw=randwrite --bsrange=512-16k --bs_unaligned=0 \\
                      --size=2m --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/tmp/report || {{ cat /tmp/report; exit 1; }}

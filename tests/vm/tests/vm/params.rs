@@ -382,6 +382,11 @@ fn modinfo_tells_all() -> Result<()> {
             &["header", "0 or 1", "Default: 0", "(charp)"],
         ),
         (
+            "parm:           pmem_copy:",
+            &["nt", "wb", "auto", "Default: auto", "(charp)"],
+        ),
+        ("parm:           pmem_e820:", &["Default: 0", "(charp)"]),
+        (
             "parm:           pmem_first:",
             &["/dev/pmemN", "Default: 0", "Example: 1", "(charp)"],
         ),
