@@ -3,18 +3,48 @@
 //! The module's parameters as a line: a wrong one names itself and what would be right, a right one
 //! gives the disks that were asked for.
 
-use pmem_core::memmap::{
-    Config,
-    Params, //
+use pmem_core::{
+    memmap::{
+        Config,
+        Mode,
+        Params,
+        StructPages, //
+    },
+    persist::{
+        Cache,
+        CopyPolicy, //
+    },
 };
 use proptest::prelude::*;
 
-const GIB: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
 
-/// Reads a line as it stands behind `insmod pmem.ko`.
-fn params(line: &str) -> Params<'_> {
+/// Lines that are refused, with what is said.
+const WRONG: &str = include_str!("parameters/wrong.txt");
+
+/// Lines that are accepted, with what they ask for.
+const RIGHT: &str = include_str!("parameters/right.txt");
+
+/// Splits a line as the kernel does: at spaces, but not at those in double quotes around a value.
+fn words(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut quoted = false;
+    for c in line.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            ' ' if !quoted => words.push(String::new()),
+            _ => words.last_mut().unwrap().push(c),
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+/// Reads a line that was split, as it stands behind `insmod pmem.ko`.
+fn params(words: &[String]) -> Params<'_> {
     let mut params = Params::default();
-    for (name, value) in line.split_whitespace().filter_map(|p| p.split_once('=')) {
+    for word in words {
+        let (name, value) = word.split_once('=').unwrap();
         *match name {
             "pmem_start" => &mut params.start,
             "pmem_size" => &mut params.size,
@@ -32,137 +62,158 @@ fn params(line: &str) -> Params<'_> {
     params
 }
 
-/// The first byte and the size of each disk.
-fn disks(line: &str) -> Vec<(u64, u64)> {
-    Config::new(params(line))
-        .unwrap()
-        .ranges()
-        .flat_map(|(_, split, _)| split.disks().collect::<Vec<_>>())
-        .map(|disk| (disk.start(), disk.size()))
-        .collect()
+/// What is said of a line.
+fn message(line: &str) -> Option<String> {
+    let words = words(line);
+    let error = Config::new(params(&words)).err();
+    error.map(|error| error.to_string())
+}
+
+/// The lines of a file that are no comments, each split at its bars.
+fn table(text: &str) -> impl Iterator<Item = Vec<&str>> {
+    text.lines()
+        .filter(|line| !line.starts_with('#') && !line.is_empty())
+        .map(|line| line.split('|').map(str::trim).collect())
 }
 
 #[test]
 fn wrong_lines_name_the_fault() {
-    let no_range = "no range is given; reserve one with memmap= and name it, for example \
-                    pmem_start=4G pmem_size=2GiB";
-    let elements = |param, n, ranges| {
-        format!(
-            "{param} has {n} element(s), but pmem_start gives {ranges} range(s); \
-             write one for each, separated by commas"
-        )
-    };
-    let lines = [
-        ("", no_range.to_owned()),
-        ("pmem_count=2", no_range.to_owned()),
-        (
-            "pmem_start=4G",
-            "pmem_size=: nothing is given; write a number of bytes or, for example, 512MiB".into(),
-        ),
-        (
-            "pmem_size=2G",
-            "pmem_start=: nothing is given; write a number of bytes or, for example, 512MiB".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2Gib",
-            "pmem_size=2Gib: \"Gib\" is not a unit; write B, K to E or KiB to EiB \
-             (powers of 1024), or kB to EB (powers of 1000)"
-                .into(),
-        ),
-        (
-            "pmem_start=-4G pmem_size=2G",
-            "pmem_start=-4G: \"-4G\" has a sign; write the number alone".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=1.5G",
-            "pmem_size=1.5G: \"1.5G\" is a fraction; write a whole number of a smaller unit, \
-             as 1536M for 1.5G"
-                .into(),
-        ),
-        (
-            "pmem_start=4G@2G pmem_size=2G",
-            "pmem_start=4G@2G: \"@2G\" follows the size; remove it".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=99999999999G",
-            "pmem_size=99999999999G: \"99999999999G\" is too large; the most is \
-             18446744073709551615 bytes, below 16EiB"
-                .into(),
-        ),
-        (
-            "pmem_start=4G, pmem_size=2G,2G",
-            "pmem_start=: nothing is given; write a number of bytes or, for example, 512MiB".into(),
-        ),
-        ("pmem_start=4G,8G pmem_size=2G", elements("pmem_size", 1, 2)),
-        ("pmem_start=4G pmem_size=2G,2G", elements("pmem_size", 2, 1)),
-        (
-            "pmem_start=4G,8G pmem_size=2G,2G pmem_count=1,1,1",
-            elements("pmem_count", 3, 2),
-        ),
-        (
-            "pmem_start=4G pmem_size=0",
-            "pmem_start=4G pmem_size=0 pmem_count=1: size 0 at 0x100000000; \
-             a disk needs at least 2MiB"
-                .into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_count=0",
-            "pmem_start=4G pmem_size=2G pmem_count=0: 0 disks; ask for 1 or more".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_count=two",
-            "pmem_count=two: \"two\" is not a count; write a whole number without a unit".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_count=2K",
-            "pmem_count=2K: \"2K\" is not a count; write a whole number without a unit".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=8M pmem_count=5",
-            "pmem_start=4G pmem_size=8M pmem_count=5: [mem 0x100000000-0x1007fffff] of 8MiB is \
-             too small for 5 disks of at least 2MiB; the most is 4"
-                .into(),
-        ),
-        (
-            "pmem_start=4097M pmem_size=8M pmem_count=2",
-            "pmem_start=4097M pmem_size=8M pmem_count=2: start 0x100100000 is not 2MiB aligned; \
-             nearest range that works: pmem_start=0x100200000 pmem_size=4MiB"
-                .into(),
-        ),
-        (
-            "pmem_start=0xffffffffffe00000 pmem_size=4M",
-            "pmem_start=0xffffffffffe00000 pmem_size=4M pmem_count=1: start 0xffffffffffe00000 \
-             with size 4MiB goes beyond the last address; check both against the memory map"
-                .into(),
-        ),
-        (
-            "pmem_start=4G,5G pmem_size=2G,2G",
-            "ranges [mem 0x100000000-0x17fffffff] and [mem 0x140000000-0x1bfffffff] overlap; \
-             change pmem_start or pmem_size"
-                .into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_lbs=1000",
-            "pmem_lbs=1000: not a logical block size that is offered; write 512 or 4096".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_lbs=",
-            "pmem_lbs=: not a logical block size that is offered; write 512 or 4096".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_first=-1",
-            "pmem_first=-1: \"-1\" has a sign; write the number alone".into(),
-        ),
-        (
-            "pmem_start=4G pmem_size=2G pmem_first=4294967295",
-            "pmem_first plus all of pmem_count is more than 4294967295; lower one of them".into(),
-        ),
-    ];
-    for (line, message) in lines {
-        match Config::new(params(line)) {
-            Ok(_) => panic!("{line}: accepted"),
-            Err(error) => assert_eq!(error.to_string(), message, "{line}"),
+    let mut template = "";
+    let mut faults = Vec::new();
+    let mut lines = 0;
+    for row in table(WRONG) {
+        let (line, fields) = row.split_first().unwrap();
+        if let Some(text) = line.strip_prefix("! ") {
+            template = text;
+            continue;
         }
+        assert_eq!(template.matches("{}").count(), fields.len(), "{line}");
+        let mut expected = template.to_owned();
+        for field in fields {
+            let unquoted = field.strip_prefix('"').and_then(|f| f.strip_suffix('"'));
+            expected = expected.replacen("{}", unquoted.unwrap_or(field), 1);
+        }
+        let said = message(line).unwrap_or_else(|| "accepted".into());
+        if said != expected || !said.chars().all(|c| matches!(c, ' '..='~')) {
+            faults.push(format!("{line}\n  says  {said}\n  not   {expected}\n"));
+        }
+        lines += 1;
+    }
+    assert!(faults.is_empty(), "{}", faults.concat());
+    assert!(lines >= 200, "the table has {lines} lines");
+}
+
+#[test]
+fn wrong_units_are_named() {
+    /// What is written for a unit and is none, with the letter of a multiple in the place of `_`.
+    const MISSPELLED: [&str; 17] = [
+        "_b", "_i", "_I", "_ib", "_Ib", "_IB", "_bi", "_Bi", "_BI", "_it", "_bit", "_bytes", "_o",
+        "_io", "__", "B_", "i_",
+    ];
+    const LETTERS: [&str; 12] = ["K", "M", "G", "T", "P", "E", "k", "m", "g", "t", "p", "e"];
+
+    for (form, letter) in MISSPELLED
+        .iter()
+        .flat_map(|form| LETTERS.map(|letter| (form, letter)))
+        // Of bytes in lower case, only kB is right.
+        .chain(["m", "g", "t", "p", "e"].map(|letter| (&"_B", letter)))
+        .chain(["k", "m", "g", "t", "p", "e"].map(|letter| (&"_iB", letter)))
+    {
+        let unit = form.replace('_', letter);
+        for (line, fault) in [
+            (
+                format!("pmem_start=4{unit} pmem_size=2G"),
+                format!("pmem_start=4{unit}"),
+            ),
+            (
+                format!("pmem_start=4G pmem_size=2{unit}"),
+                format!("pmem_size=2{unit}"),
+            ),
+        ] {
+            let expected = format!(
+                "{fault}: \"{unit}\" is not a unit; write B, K to E or KiB to EiB (powers of 1024), \
+                 or kB to EB (powers of 1000)"
+            );
+            assert_eq!(message(&line), Some(expected), "{line}");
+        }
+    }
+}
+
+#[test]
+fn sizes_are_too_large_from_the_first_that_does_not_fit_in_64_bits() {
+    /// The first number of each unit that is 2^64 bytes or more.
+    const FIRST: [(&str, &str, &str); 14] = [
+        ("", "18446744073709551615", "18446744073709551616"),
+        ("B", "18446744073709551615", "18446744073709551616"),
+        ("K", "18014398509481983", "18014398509481984"),
+        ("M", "17592186044415", "17592186044416"),
+        ("G", "17179869183", "17179869184"),
+        ("T", "16777215", "16777216"),
+        ("P", "16383", "16384"),
+        ("E", "15", "16"),
+        ("kB", "18446744073709551", "18446744073709552"),
+        ("MB", "18446744073709", "18446744073710"),
+        ("GB", "18446744073", "18446744074"),
+        ("TB", "18446744", "18446745"),
+        ("PB", "18446", "18447"),
+        ("EB", "18", "19"),
+    ];
+
+    for (unit, last, first) in FIRST {
+        let binary = matches!(unit, "K" | "M" | "G" | "T" | "P" | "E");
+        let spellings = match binary {
+            true => vec![unit.to_owned(), unit.to_lowercase(), format!("{unit}iB")],
+            false => vec![unit.to_owned()],
+        };
+        for unit in spellings {
+            for (before, after) in [
+                ("pmem_start=4G pmem_size=", ""),
+                ("pmem_start=", " pmem_size=2G"),
+            ] {
+                let (param, _) = before
+                    .rsplit_once(' ')
+                    .map_or((before, ""), |(_, p)| (p, ""));
+                let line = format!("{before}{first}{unit}{after}");
+                let expected = format!(
+                    "{param}{first}{unit}: \"{first}{unit}\" is too large; \
+                     the most is 18446744073709551615 bytes, below 16EiB"
+                );
+                assert_eq!(message(&line), Some(expected), "{line}");
+
+                // It is read, whatever else may be wrong with it.
+                let line = format!("{before}{last}{unit}{after}");
+                let said = message(&line).unwrap_or_default();
+                assert!(!said.contains("too large"), "{line}: {said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_space_in_front_of_a_size_is_refused_and_one_behind_it_is_not() {
+    for space in [" ", "\t", "\n", "\r\n", "\u{b}", "\u{c}", " \n"] {
+        let before = format!("{space}2G");
+        let behind = format!("2G{space}");
+        let with = |size| Params {
+            start: "4G",
+            size,
+            ..Params::default()
+        };
+        // A vertical tab is none of the white space of ASCII that text ends with.
+        assert_eq!(
+            Config::new(with(&behind)).is_ok(),
+            space != "\u{b}",
+            "{behind:?}"
+        );
+        let said = Config::new(with(&before)).unwrap_err().to_string();
+        let shown = before.escape_default();
+        assert_eq!(
+            said,
+            format!(
+                "pmem_size={shown}: \"{shown}\" has a space or a separator in it; \
+                 write number and unit in one, as 1536MiB"
+            )
+        );
     }
 }
 
@@ -170,27 +221,76 @@ fn wrong_lines_name_the_fault() {
 fn a_message_stays_on_its_line() {
     let params = Params {
         start: "4G\n[12.0] EXT4-fs error",
-        ..params("pmem_size=2G")
+        size: "2G",
+        ..Params::default()
     };
     let message = Config::new(params).unwrap_err().to_string();
     assert!(!message.contains('\n'), "{message}");
 }
 
+/// What a line asks for, as `parameters/right.txt` has it.
+fn asked_for(config: &Config<'_>) -> String {
+    let served = |mode: Mode| {
+        let cache = (mode.cache != Cache::default()).then(|| mode.cache.name());
+        let pages = (mode.struct_pages != StructPages::Ram).then(|| mode.struct_pages.name());
+        let words = [cache, pages].into_iter().flatten();
+        words.map(|word| format!(":{word}")).collect::<String>()
+    };
+
+    let ranges = config.ranges().map(|(range, split, mode)| {
+        let first = split.get(0).unwrap();
+        assert_eq!(first.start(), range.start());
+        assert_eq!((first.start() % MIB, first.size() % MIB), (0, 0));
+        format!(
+            "{}+{}*{}{}",
+            first.start() / MIB,
+            first.size() / MIB,
+            split.count(),
+            served(mode)
+        )
+    });
+    let mut text = ranges.collect::<Vec<_>>().join(" ");
+    let others = [
+        (config.e820(), format!("e820{}", served(config.e820_mode()))),
+        (config.first() != 0, format!("first={}", config.first())),
+        (
+            config.logical_block_size() != 512,
+            format!("lbs={}", config.logical_block_size()),
+        ),
+        (
+            config.copy() != CopyPolicy::Auto,
+            format!("copy={}", config.copy().name()),
+        ),
+    ];
+    let others: Vec<_> = others
+        .into_iter()
+        .filter_map(|(differs, text)| differs.then_some(text))
+        .collect();
+    if !others.is_empty() {
+        text = format!("{text} | {}", others.join(" "));
+    }
+    text
+}
+
 #[test]
-fn right_lines_give_the_disks() {
-    assert_eq!(disks("pmem_start=4G pmem_size=2GiB"), [(4 * GIB, 2 * GIB)]);
-    assert_eq!(
-        disks("pmem_start=0x100000000 pmem_size=2147483648 pmem_count=2"),
-        [(4 * GIB, GIB), (5 * GIB, GIB)]
-    );
-    assert_eq!(
-        disks("pmem_start=16G,4G pmem_size=8G,2G pmem_count=2,1 pmem_lbs=4KiB"),
-        [(16 * GIB, 4 * GIB), (20 * GIB, 4 * GIB), (4 * GIB, 2 * GIB)]
-    );
-    assert_eq!(
-        disks("pmem_start=4G,8G,12G pmem_size=1G,1G,1G pmem_count=2").len(),
-        6
-    );
+fn right_lines_give_what_they_ask_for() {
+    let mut faults = Vec::new();
+    let mut lines = 0;
+    for row in table(RIGHT) {
+        let (line, expected) = row.split_first().unwrap();
+        let expected = expected.join(" | ");
+        let words = words(line);
+        let given = match Config::new(params(&words)) {
+            Ok(config) => asked_for(&config),
+            Err(error) => error.to_string(),
+        };
+        if given != expected {
+            faults.push(format!("{line}\n  gives {given}\n  not   {expected}\n"));
+        }
+        lines += 1;
+    }
+    assert!(faults.is_empty(), "{}", faults.concat());
+    assert!(lines >= 90, "the table has {lines} lines");
 }
 
 proptest! {
