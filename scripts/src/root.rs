@@ -57,14 +57,18 @@ const PACKAGES: &[&str] = &[
     // Guests, and what is run in them.
     "busybox-static",
     "daxctl",
+    "dmsetup",
     "e2fsprogs",
     "fdisk",
     "fio",
     "gdisk",
+    "kexec-tools",
+    "mdadm",
     "mount",
     "ndctl",
     "numactl",
     "qemu-system-x86",
+    "sysstat",
     "util-linux",
     "xfsprogs",
     // What we measure against.

@@ -56,6 +56,9 @@ const COMMAND: Duration = Duration::from_secs(120);
 /// What an answer may take beyond what was asked for.
 const SLACK: Duration = Duration::from_secs(30);
 
+/// Memory that a host gives without looking whether it has as much. What is more is given as it is touched.
+const PROMISED: u64 = 4 * GIB;
+
 /// The most that is written in one piece.
 const PIECE: usize = 1 << 16;
 
@@ -283,7 +286,10 @@ impl<'a> Builder<'a> {
                         "memory-backend-file,id=upper,size={upper},share=on,mem-path={}",
                         value(&memory.path())
                     ),
-                    None => format!("memory-backend-ram,id=upper,size={upper}"),
+                    None => format!(
+                        "memory-backend-ram,id=upper,size={upper}{}",
+                        if upper > PROMISED { ",reserve=off" } else { "" }
+                    ),
                 },
             );
             push("-numa", "node,nodeid=1,memdev=upper".into());

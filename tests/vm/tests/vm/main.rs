@@ -11,6 +11,7 @@ mod filesystems;
 mod io;
 mod kmem;
 mod lifecycle;
+mod limits;
 mod memmap;
 mod params;
 mod power;
