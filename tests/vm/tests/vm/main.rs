@@ -15,5 +15,6 @@ mod limits;
 mod memmap;
 mod params;
 mod power;
+mod stack;
 mod stock;
 mod sysfs;
