@@ -18,3 +18,4 @@ mod power;
 mod stack;
 mod stock;
 mod sysfs;
+mod tools;
