@@ -44,6 +44,12 @@ use tempfile::TempDir;
 /// Where the driver's module is in a guest that has one.
 pub const PMEM_KO: &str = "/pmem.ko";
 
+/// Where a guest has the kernel that it can start next.
+pub const NEXT_KERNEL: &str = "/next/vmlinuz";
+
+/// Where a guest has the initramfs of that kernel.
+pub const NEXT_INITRD: &str = "/next/initrd";
+
 /// What a guest needs to hear us.
 const EARLY: [&str; 2] = ["virtio_pci", "virtio_console"];
 
@@ -115,6 +121,7 @@ pub struct Builder<'a> {
     devices: Vec<String>,
     modules: Vec<String>,
     files: Vec<(PathBuf, String)>,
+    next_kernel: bool,
     accelerator: Option<Accelerator>,
     boot_timeout: Duration,
 }
@@ -136,6 +143,7 @@ impl<'a> Builder<'a> {
             devices: Vec::new(),
             modules: Vec::new(),
             files: Vec::new(),
+            next_kernel: false,
             accelerator: None,
             boot_timeout: BOOT,
         }
@@ -205,6 +213,12 @@ impl<'a> Builder<'a> {
     /// Puts a file of the host's into the guest.
     pub fn file(mut self, host: impl Into<PathBuf>, guest: &str) -> Self {
         self.files.push((host.into(), guest.to_owned()));
+        self
+    }
+
+    /// Puts the kernel at [`NEXT_KERNEL`] and an initramfs for it at [`NEXT_INITRD`], so that the guest can start it.
+    pub fn next_kernel(mut self) -> Self {
+        self.next_kernel = true;
         self
     }
 
@@ -342,7 +356,16 @@ impl<'a> Builder<'a> {
         let mut modules = Module::resolve(self.kernel, self.root, &self.modules)?;
         modules.retain(|module| early.iter().all(|other| other.name != module.name));
         let image = Image::ensure(self.root, self.progress)?;
-        image.write(&dir.path().join("initrd"), &early, &modules, &self.files)?;
+        let initrd = dir.path().join("initrd");
+        image.write(&initrd, &early, &modules, &self.files)?;
+        if self.next_kernel {
+            let next = dir.path().join("next-initrd");
+            fs::rename(&initrd, &next)?;
+            let mut files = self.files.clone();
+            files.push((bzimage.clone(), NEXT_KERNEL.into()));
+            files.push((next, NEXT_INITRD.into()));
+            image.write(&initrd, &early, &modules, &files)?;
+        }
 
         let started = Instant::now();
         let mut enter = self
@@ -374,8 +397,9 @@ impl<'a> Builder<'a> {
             channel: Mutex::new(Some(Channel::new(to, from))),
             dir: Some(dir),
             kept: None,
+            modules: modules.iter().map(Module::path).collect(),
         };
-        vm.booted(started, self.boot_timeout, &modules)
+        vm.booted(started, self.boot_timeout)
     }
 }
 
@@ -396,6 +420,8 @@ pub struct Vm {
     channel: Mutex<Option<Channel>>,
     dir: Option<TempDir>,
     kept: Option<PathBuf>,
+    /// Paths of what is loaded at boot.
+    modules: Vec<String>,
 }
 
 /// A system call in the guest failed.
@@ -416,20 +442,46 @@ impl fmt::Display for Errno {
 impl std::error::Error for Errno {}
 
 impl Vm {
-    fn booted(mut self, started: Instant, timeout: Duration, modules: &[Module]) -> Result<Self> {
+    fn booted(mut self, started: Instant, timeout: Duration) -> Result<Self> {
+        self.kernel = self.ready("boot", timeout)?;
+        self.boot = started.elapsed();
+        self.load_modules()?;
+        Ok(self)
+    }
+
+    /// Waits until the guest's agent has started, and returns its kernel's release.
+    fn ready(&self, what: &str, timeout: Duration) -> Result<String> {
         let ready = match self.line().as_mut() {
             Some(channel) => channel.ready(timeout)?,
             None => Err(Silence::Ended),
         };
-        self.kernel = match ready {
-            Ok(kernel) => kernel,
-            Err(silence) => return Err(self.silent("boot", silence, timeout)),
-        };
-        self.boot = started.elapsed();
-        for module in modules {
-            self.insmod(&module.path(), "")??;
+        ready.map_err(|silence| self.silent(what, silence, timeout))
+    }
+
+    fn load_modules(&self) -> Result<()> {
+        for path in &self.modules {
+            self.insmod(path, "")??;
         }
-        Ok(self)
+        Ok(())
+    }
+
+    /// Runs a shell script in the guest that ends with the start of another kernel, see [`Builder::next_kernel`], and
+    /// waits until that one does what it is told.
+    pub fn into_next_kernel(&self, script: &str) -> Result<()> {
+        let run = Run {
+            argv: ["sh", "-e", "-c", script].map(str::to_owned).into(),
+            timeout_ms: COMMAND.as_millis() as u64,
+            ..Run::default()
+        };
+        if let Some(channel) = self.line().as_mut() {
+            channel.send(&Call {
+                // Of no other: who waits for an answer would skip it.
+                id: u64::MAX,
+                request: Request::Run(run),
+            })?;
+        }
+        self.ready(script, BOOT + COMMAND)?;
+        self.load_modules()
     }
 
     /// The machine's name.

@@ -9,6 +9,7 @@ mod disks;
 mod e820;
 mod filesystems;
 mod io;
+mod kexec;
 mod kmem;
 mod lifecycle;
 mod limits;
