@@ -23,6 +23,7 @@
 
 use super::{
     bindings,
+    mapping::check_struct_pages,
     numa::Node,
     region::Region,
     tier::Slow, //
@@ -263,6 +264,7 @@ impl Memory {
         if !goes_online() {
             return Err(EAGAIN);
         }
+        check_struct_pages(self.region.size())?;
         let inner = KBox::pin(
             Inner {
                 // The chain keeps what it needs in here.

@@ -36,6 +36,28 @@ enum Kind {
 /// The bytes of each of this kernel's struct pages.
 pub(crate) const STRUCT_PAGE_SIZE: u64 = size_of::<bindings::page>() as u64;
 
+/// Makes sure that the struct pages of `size` bytes fit in memory that is available, with some to
+/// spare for page tables and for who else needs memory meanwhile.
+///
+/// The kernel does not give back the struct pages that it has made of a range when there is no memory
+/// for the others. So this is asked before, which is not exact, and leaves less to that case.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+pub(super) fn check_struct_pages(size: u64) -> Result {
+    let wanted = (size / PAGE_SIZE as u64).saturating_mul(STRUCT_PAGE_SIZE);
+    // SAFETY: Reads counters.
+    let pages = unsafe { bindings::si_mem_available() };
+    let available = u64::try_from(pages)
+        .unwrap_or(0)
+        .saturating_mul(PAGE_SIZE as u64);
+    if wanted.saturating_add(wanted / 8) > available {
+        return Err(ENOMEM);
+    }
+    Ok(())
+}
+
 /// Room at the start of a range for its own struct pages.
 #[derive(Clone, Copy)]
 pub(crate) struct Altmap {
@@ -101,6 +123,9 @@ impl Mapping {
             return Err(EINVAL);
         }
 
+        if altmap.is_none() {
+            check_struct_pages(size)?;
+        }
         let mut pgmap = bindings::dev_pagemap {
             type_: bindings::memory_type_MEMORY_DEVICE_FS_DAX,
             nr_range: 1,
