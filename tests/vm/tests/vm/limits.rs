@@ -8,6 +8,7 @@ use std::time::Duration;
 use vm_tests::{boot, load, log, stock, unload, Trace, Use, GIB, MIB, UPPER};
 use xtask::vm::{Vm, PMEM_KO};
 
+const ENOMEM: i32 = 12;
 const EINVAL: i32 = 22;
 
 /// What takes minutes of an emulated CPU.
@@ -82,6 +83,42 @@ fn a_large_range_and_a_low_one() -> Result<()> {
         let lost = before.saturating_sub(free()?);
         assert!(lost < 128 * MIB, "{lost} bytes are lost");
         Ok(())
+    })
+}
+
+/// The struct pages of 512 GiB are 8 GiB, which the machine does not have: it must be told so, and lose nothing.
+#[test]
+fn a_range_whose_struct_pages_do_not_fit() -> Result<()> {
+    let machine = stock()?.range(Use::Reserved, 128 * GIB, 512 * GIB);
+    boot(machine, |vm| {
+        let available = || -> Result<u64> {
+            let kib = vm.sh("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
+            Ok(kib.trim().parse::<u64>()? << 10)
+        };
+        let before = available()?;
+        for params in [
+            "pmem_start=128G pmem_size=512G",
+            // Of which some would fit.
+            "pmem_start=128G pmem_size=512G pmem_count=64",
+        ] {
+            let refused = vm.insmod(PMEM_KO, params)?;
+            assert_eq!(refused.map_err(|error| error.errno), Err(ENOMEM));
+            let said = log(vm)?;
+            ensure!(
+                said.iter()
+                    .any(|line| line.contains("not enough memory") && line.contains("1/64")),
+                "{said:#?}"
+            );
+            let lost = before.saturating_sub(available()?);
+            ensure!(lost < 32 * MIB, "{params}: {lost} bytes are lost");
+        }
+        // A part of it that fits is none the worse.
+        load(vm, "pmem_start=128G pmem_size=2G")?;
+        assert_eq!(
+            vm.text("/sys/block/pmem0/size")?.trim(),
+            (2 * GIB / 512).to_string()
+        );
+        unload(vm)
     })
 }
 
