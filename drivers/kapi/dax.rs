@@ -79,7 +79,7 @@ unsafe impl<T: Send + Sync> Send for Device<T> {}
 unsafe impl<T: Send + Sync> Sync for Device<T> {}
 
 impl<T: Operations> Device<T> {
-    const OPS: bindings::dax_operations = bindings::dax_operations {
+    const OPS: &'static bindings::dax_operations = &bindings::dax_operations {
         direct_access: Some(Self::direct_access),
         zero_page_range: Some(Self::zero_page_range),
         recovery_write: Some(Self::recovery_write),
@@ -94,7 +94,7 @@ impl<T: Operations> Device<T> {
         let private = Arc::as_ptr(&data).cast_mut().cast::<c_void>();
         // SAFETY: The table is a static. The private data lives until no operation runs any more,
         // by the order in which `Device` is dropped.
-        let dax = from_err_ptr(unsafe { bindings::alloc_dax(private, &Self::OPS) })?;
+        let dax = from_err_ptr(unsafe { bindings::alloc_dax(private, Self::OPS) })?;
         // INVARIANT: Just allocated, with `data`.
         let device = Device {
             dax: NonNull::new(dax).ok_or(ENOMEM)?,

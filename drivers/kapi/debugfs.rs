@@ -86,7 +86,7 @@ unsafe impl<T: Attributes, M: ModuleMetadata> Send for Files<T, M> {}
 unsafe impl<T: Attributes, M: ModuleMetadata> Sync for Files<T, M> {}
 
 impl<T: Attributes, M: ModuleMetadata> Files<T, M> {
-    const OPS: bindings::file_operations = bindings::file_operations {
+    const OPS: &'static bindings::file_operations = &bindings::file_operations {
         owner: M::THIS_MODULE.as_ptr(),
         open: Some(Self::open),
         read: Some(bindings::seq_read),
@@ -121,7 +121,7 @@ impl<T: Attributes, M: ModuleMetadata> Files<T, M> {
                     if *writable { 0o600 } else { 0o400 },
                     dir.dentry,
                     (&raw const *entry).cast_mut().cast(),
-                    &Self::OPS,
+                    Self::OPS,
                 )
             };
         }

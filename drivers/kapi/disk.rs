@@ -187,7 +187,7 @@ unsafe impl<T: Operations> Send for Prepared<T> {}
 unsafe impl<T: Operations> Sync for Prepared<T> {}
 
 impl<T: Operations> Prepared<T> {
-    const OPS: bindings::block_device_operations = bindings::block_device_operations {
+    const OPS: &'static bindings::block_device_operations = &bindings::block_device_operations {
         submit_bio: Some(Self::submit_bio),
         open: Some(Self::open),
         owner: T::Module::THIS_MODULE.as_ptr(),
@@ -239,7 +239,7 @@ impl<T: Operations> Prepared<T> {
             for (to, from) in buffer.iter_mut().zip(bytes) {
                 *to = *from as c_char;
             }
-            disk.fops = &Self::OPS;
+            disk.fops = Self::OPS;
             disk.private_data = Arc::as_ptr(&data).cast_mut().cast();
         }
         // SAFETY: The disk is valid.
