@@ -210,6 +210,11 @@ const BAD: &[(&str, i32, &[&str])] = &[
         EINVAL,
         &["pmem_lbs=8192", "512 or 4096"],
     ),
+    (
+        "pmem_start=4G pmem_size=1G pmem_e820=2",
+        EINVAL,
+        &["pmem_e820=2", "1 or 0"],
+    ),
     // Ranges that are not ours.
     (
         "pmem_start=64M pmem_size=64M",
@@ -385,7 +390,10 @@ fn modinfo_tells_all() -> Result<()> {
             "parm:           pmem_copy:",
             &["nt", "wb", "auto", "Default: auto", "(charp)"],
         ),
-        ("parm:           pmem_e820:", &["Default: 0", "(charp)"]),
+        (
+            "parm:           pmem_e820:",
+            &["memmap=nn!ss", "nd_e820", "0 or 1", "Default: 0", "(charp)"],
+        ),
         (
             "parm:           pmem_first:",
             &["/dev/pmemN", "Default: 0", "Example: 1", "(charp)"],
