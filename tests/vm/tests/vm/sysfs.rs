@@ -65,6 +65,12 @@ fn attributes_say_what_a_disk_is() -> Result<()> {
         )?;
         check("pmem7", "0x110000000", 100, "uc", "none")?;
         check("pmem8", "0x116400000", 100, "uc", "none")?;
+        unload(vm)?;
+        load(
+            vm,
+            "pmem_start=4352M pmem_size=256M pmem_memmap=dev pmem_first=8",
+        )?;
+        check("pmem8", "0x110000000", 256, "wb", "dev")?;
         // Who has a file open when the disk goes reads an error, not memory that is freed.
         vm.sh("exec 3</sys/block/pmem8/pmem/provider && rmmod pmem && ! cat <&3 2>/dev/null")?;
         Trace::of(vm)?.check(&before)
