@@ -335,6 +335,17 @@ impl<M: Machine> Persist<M> {
         }
     }
 
+    /// The same, but past the cache whatever the policy is: for memory that is bad, which a store
+    /// through the cache would read first.
+    #[must_use]
+    pub const fn past_cache(self) -> Self {
+        let way = match self.way {
+            Way::ThroughCache => Way::PastCache,
+            way => way,
+        };
+        Self { way, ..self }
+    }
+
     /// Whether what is stored is durable after a fence, if the memory is persistent. If not, the
     /// architecture has no known way to write its caches back, and they are in the way.
     pub const fn is_durable(&self) -> bool {
@@ -583,6 +594,20 @@ mod tests {
                     .map(move |cpu| Persist::for_cache(cpu, Cache::WriteBack, copy))
             });
         write_back.chain([Persist::for_cache(all, Cache::Uncached, CopyPolicy::Auto)])
+    }
+
+    /// Bad memory must not be read by what overwrites it.
+    #[test]
+    fn past_the_cache_whatever_the_policy() {
+        let cpu = CpuFeatures::detect();
+
+        for copy in CopyPolicy::ALL {
+            for cache in Cache::ALL {
+                let persist = Persist::for_cache(cpu, cache, copy).past_cache();
+                let expected = Persist::for_cache(cpu, cache, CopyPolicy::NonTemporal);
+                assert_eq!(persist.way, expected.way);
+            }
+        }
     }
 
     const LENGTHS: [usize; 16] = [0, 1, 3, 4, 7, 8, 9, 12, 31, 63, 64, 65, 72, 127, 128, 192];
