@@ -19,6 +19,7 @@ use self::{
 };
 use crate::{
     kapi::{
+        badblocks::Badblocks,
         bio::{
             self,
             Bio,
@@ -37,6 +38,7 @@ use crate::{
         mc,
         numa::Node, //
     },
+    media::Media,
     pmem_core::{
         extent::{
             self,
@@ -96,6 +98,7 @@ pub(crate) struct PmemDevice {
     struct_pages: Option<StructPages>,
     provider: &'static str,
     counters: Counters,
+    media: Arc<Media>,
 }
 
 impl PmemDevice {
@@ -113,6 +116,12 @@ impl PmemDevice {
     ) -> Result<Prepared<Self>> {
         place.settle(name, &persist)?;
         let (region, range, altmap) = (place.region(), place.range(), place.altmap());
+        let room = altmap.map_or(0, |altmap| altmap.size);
+        let data = PhysRange::new(
+            range.start().wrapping_add(room),
+            range.size().saturating_sub(room),
+        );
+        let media = Media::new(data.map_err(|_| EINVAL)?)?;
         let node = Node::of_phys(range.start());
         let Options {
             logical_block_size,
@@ -120,7 +129,8 @@ impl PmemDevice {
             provider,
         } = options;
         let mapping = if cache == Cache::WriteBack {
-            Mapping::with_pages(region, range.start(), range.size(), altmap, node)?
+            let (start, size) = (range.start(), range.size());
+            Mapping::with_pages(region, start, size, altmap, node, media.clone())?
         } else {
             Mapping::without_pages(region, range.start(), range.size(), cache)?
         };
@@ -147,6 +157,7 @@ impl PmemDevice {
                 struct_pages,
                 provider,
                 counters: Counters::new()?,
+                media: media.clone(),
             },
             GFP_KERNEL,
         )?;
@@ -164,7 +175,7 @@ impl PmemDevice {
                 write_cache: true,
                 synchronous: true,
             };
-            Some(dax::Device::new(device.clone(), options)?)
+            Some(dax::Device::new(device.clone(), options, media.holder())?)
         } else {
             None
         };
@@ -220,9 +231,13 @@ impl PmemDevice {
     /// The part of the medium that `bio` is about.
     #[inline]
     fn window(&self, bio: &Bio) -> Result<VolatileSlice<'_>, Status> {
-        let extent = Extent::from_sectors(bio.sector(), bio.size().into(), self.mapping.size())
-            .map_err(|_| Status::IOERR)?;
-        self.slice(extent).ok_or(Status::IOERR)
+        self.slice(self.extent(bio)?).ok_or(Status::IOERR)
+    }
+
+    #[inline]
+    fn extent(&self, bio: &Bio) -> Result<Extent, Status> {
+        Extent::from_sectors(bio.sector(), bio.size().into(), self.mapping.size())
+            .map_err(|_| Status::IOERR)
     }
 
     #[inline]
@@ -230,15 +245,13 @@ impl PmemDevice {
         self.mapping.slice(extent.offset(), extent.len())
     }
 
-    fn pages(&self, page: u64, count: u64) -> Result<VolatileSlice<'_>> {
-        let extent =
-            Extent::from_pages(PageOffset(page), count, self.mapping.size()).map_err(|_| ERANGE)?;
-        self.slice(extent).ok_or(ERANGE)
+    fn pages(&self, page: u64, count: u64) -> Result<Extent> {
+        Extent::from_pages(PageOffset(page), count, self.mapping.size()).map_err(|_| ERANGE)
     }
 
     /// Calls `copy` with each segment of `bio` and its place on `medium`, the part that `bio` is
     /// about.
-    #[inline]
+    #[inline(always)]
     fn transfer<'a>(
         mut medium: VolatileSlice<'a>,
         bio: &Bio,
@@ -252,6 +265,67 @@ impl PmemDevice {
         Ok(())
     }
 
+    /// Writes the data of `bio` by `persist`, durable.
+    #[inline(always)]
+    fn write(&self, bio: &Bio, persist: &Persist) -> Result<(), Status> {
+        let medium = self.window(bio)?;
+        self.counters.count_write(bio.size());
+        Self::transfer(medium, bio, |medium, segment| {
+            persist.write(medium, segment);
+            Ok(())
+        })?;
+        persist.fence();
+        Ok(())
+    }
+
+    /// Zeroes the range of `bio` by `persist`, durable.
+    #[inline(always)]
+    fn zero(&self, bio: &Bio, persist: &Persist) -> Result<(), Status> {
+        let medium = self.window(bio)?;
+        self.counters.count_write_zeroes();
+        persist.write_zeroes(medium);
+        persist.fence();
+        Ok(())
+    }
+
+    /// Overwrites what `bio` is about, durable, and makes good what is bad of it.
+    #[cold]
+    #[inline(never)]
+    fn repair(&self, bio: &Bio) -> Result<(), Status> {
+        let extent = self.extent(bio)?;
+        self.media
+            .before_write(&self.mapping, extent, !bio.is_nowait())?;
+        let persist = self.persist.past_cache();
+        if bio.op() == bio::Op::WriteZeroes {
+            self.zero(bio, &persist)?;
+        } else {
+            self.write(bio, &persist)?;
+        }
+        let cleared = self.media.after_write(&self.mapping, extent)?;
+        self.counters.add_cleared(cleared);
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn before_read(&self, bio: &Bio) -> Result<(), Status> {
+        self.media.before_read(self.extent(bio)?).inspect_err(|_| {
+            self.counters.add_media_errors(1);
+        })
+    }
+
+    /// Tells the media that of `medium` the last `left` bytes were not read, as the first of them is
+    /// bad.
+    #[cold]
+    #[inline(never)]
+    fn failed_read(&self, medium: VolatileSlice<'_>, left: usize) -> Status {
+        let read = medium.len().wrapping_sub(left) as u64;
+        let offset = self.mapping.offset_of(medium).wrapping_add(read);
+        self.media.failed_read(Sector::containing(offset));
+        self.counters.add_media_errors(1);
+        Status::IOERR
+    }
+
     #[inline]
     fn serve(&self, bio: &Bio) -> Result<(), Status> {
         if bio.is_preflush() {
@@ -262,32 +336,22 @@ impl PmemDevice {
             bio::Op::Read => {
                 let medium = self.window(bio)?;
                 self.counters.count_read(bio.size());
+                if self.media.is_suspect() {
+                    self.before_read(bio)?;
+                }
                 Self::transfer(medium, bio, |medium, segment| {
-                    mc::copy(segment, medium).map_err(|_| {
-                        self.counters.add_media_errors(1);
-                        Status::IOERR
-                    })
+                    match mc::copy_readable(segment, medium) {
+                        Ok(0) => Ok(()),
+                        Ok(left) => Err(self.failed_read(medium, left)),
+                        Err(_) => Err(Status::IOERR),
+                    }
                 })
             }
             // A flush alone, which is done.
             bio::Op::Write if bio.size() == 0 => Ok(()),
-            bio::Op::Write => {
-                let medium = self.window(bio)?;
-                self.counters.count_write(bio.size());
-                Self::transfer(medium, bio, |medium, segment| {
-                    self.persist.write(medium, segment);
-                    Ok(())
-                })?;
-                self.persist.fence();
-                Ok(())
-            }
-            bio::Op::WriteZeroes => {
-                let medium = self.window(bio)?;
-                self.counters.count_write_zeroes();
-                self.persist.write_zeroes(medium);
-                self.persist.fence();
-                Ok(())
-            }
+            bio::Op::Write | bio::Op::WriteZeroes if self.media.is_suspect() => self.repair(bio),
+            bio::Op::Write => self.write(bio, &self.persist),
+            bio::Op::WriteZeroes => self.zero(bio, &self.persist),
             bio::Op::Flush => {
                 self.persist.fence();
                 self.counters.count_flush();
@@ -313,15 +377,23 @@ impl disk::Operations for PmemDevice {
         }
         bio.end(status);
     }
+
+    fn badblocks(&self) -> Option<&Badblocks> {
+        Some(self.media.badblocks())
+    }
 }
 
 impl dax::Operations for PmemDevice {
-    fn direct_access(&self, page: u64) -> Result<dax::Window<'_>> {
-        let size = self.mapping.size();
-        let extent = Extent::from_pages(PageOffset(page), 1, size).map_err(|_| ERANGE)?;
-        let offset = extent.offset();
+    fn direct_access(&self, page: u64, count: u64, recovery: bool) -> Result<dax::Window<'_>> {
+        let offset = self.pages(page, 1)?.offset();
         // An extent does not reach beyond the end, nor the mapping beyond the last address.
-        let memory = self.mapping.slice(offset, size.wrapping_sub(offset));
+        let mut len = self.mapping.size().wrapping_sub(offset);
+        if self.media.is_suspect() {
+            let count = count.min(len / extent::PAGE_SIZE).max(1);
+            let good = self.media.accessible(self.pages(page, count)?, recovery)?;
+            len = good.wrapping_mul(extent::PAGE_SIZE);
+        }
+        let memory = self.mapping.slice(offset, len);
         Ok(dax::Window {
             memory: memory.ok_or(ERANGE)?,
             pfn: Pfn::containing(self.mapping.start().wrapping_add(offset)),
@@ -329,9 +401,48 @@ impl dax::Operations for PmemDevice {
     }
 
     fn zero_page_range(&self, page: u64, count: u64) -> Result {
-        self.persist.write_zeroes(self.pages(page, count)?);
-        self.persist.fence();
+        let extent = self.pages(page, count)?;
+        let memory = self.slice(extent).ok_or(ERANGE)?;
+        let suspect = self.media.is_suspect();
+        if suspect {
+            let ready = self.media.before_write(&self.mapping, extent, true);
+            ready.map_err(|_| EIO)?;
+        }
+        let persist = if suspect {
+            self.persist.past_cache()
+        } else {
+            self.persist
+        };
+        persist.write_zeroes(memory);
+        persist.fence();
+        if suspect {
+            let cleared = self.media.after_write(&self.mapping, extent);
+            cleared.map_err(|_| EIO)?;
+        }
         Ok(())
+    }
+
+    fn recovery_write(
+        &self,
+        page: u64,
+        offset: u64,
+        len: u64,
+        copy: impl FnOnce() -> usize,
+    ) -> usize {
+        let copy = || {
+            let written = copy();
+            self.persist.fence();
+            written
+        };
+        if !self.media.is_suspect() {
+            return copy();
+        }
+        let end = offset.saturating_add(len);
+        let whole = (offset | len) % extent::PAGE_SIZE == 0;
+        match self.pages(page, end.div_ceil(extent::PAGE_SIZE)) {
+            Ok(pages) => self.media.recover(&self.mapping, pages, whole, copy),
+            Err(_) => 0,
+        }
     }
 }
 
@@ -493,7 +604,7 @@ mod tests {
         let device = disk.data();
         let pages = SIZE / extent::PAGE_SIZE;
         for page in [0, 1, 511, 512, pages - 1] {
-            let window = device.direct_access(page)?;
+            let window = device.direct_access(page, 1, false)?;
             let phys = device.mapping.start() + page * extent::PAGE_SIZE;
             assert_eq!(window.pfn, Pfn::containing(phys));
             assert_eq!(
@@ -502,7 +613,7 @@ mod tests {
             );
         }
         for page in [pages, pages + 1, u64::MAX] {
-            assert!(device.direct_access(page).is_err());
+            assert!(device.direct_access(page, 1, false).is_err());
         }
         Ok(())
     }
@@ -530,6 +641,213 @@ mod tests {
         Ok(())
     }
 
+    /// Whether each of the `count` sectors from `first` on can be read.
+    fn readable(disk: &Disk<PmemDevice>, first: u64, count: u64) -> Result<KVec<bool>> {
+        let mut readable = KVec::new();
+        for sector in first..first + count {
+            let read = disk.submit_wait(kunit::READ, Sector(sector), &mut buffer(0, 512)?);
+            assert!(read == Ok(()) || read == Err(EIO));
+            readable.push(read.is_ok(), GFP_KERNEL)?;
+        }
+        Ok(readable)
+    }
+
+    #[test]
+    fn a_bad_sector_fails_until_it_is_overwritten() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let media = &disk.data().media;
+        disk.submit_wait(kunit::WRITE, Sector(0), &mut pattern(65536)?)?;
+        media.inject("10 2\n")?;
+        // Nobody knows it yet.
+        assert_eq!(media.badblocks().runs(), 0);
+        assert_eq!(
+            disk.submit_wait(kunit::READ, Sector(0), &mut buffer(0, 65536)?),
+            Err(EIO)
+        );
+        assert_eq!(
+            media.badblocks().first(&(Sector(0)..Sector(1000))),
+            Some(Sector(10)..Sector(11))
+        );
+        assert!(readable(&disk, 8, 8)?[..] == [true, true, false, false, true, true, true, true]);
+
+        // Others are written, and then a part of what is bad.
+        disk.submit_wait(kunit::WRITE, Sector(0), &mut pattern(5120)?)?;
+        disk.submit_wait_range(kunit::WRITE_ZEROES, Sector(12), 2048)?;
+        assert!(readable(&disk, 10, 3)?[..] == [false, false, true]);
+        disk.submit_wait(kunit::WRITE, Sector(11), &mut buffer(7, 512)?)?;
+        let mut data = buffer(0, 512)?;
+        disk.submit_wait(kunit::READ, Sector(11), &mut data)?;
+        assert!(data.iter().all(|&byte| byte == 7));
+        assert!(readable(&disk, 10, 2)?[..] == [false, true]);
+        disk.submit_wait_range(kunit::WRITE_ZEROES, Sector(8), 4096)?;
+        disk.submit_wait(kunit::READ, Sector(8), &mut buffer(0, 4096)?)?;
+        assert!(!media.is_suspect());
+
+        // What was never read is made good, too.
+        media.inject("100")?;
+        disk.submit_wait(kunit::WRITE, Sector(100), &mut data)?;
+        assert!(!media.is_suspect());
+        Ok(())
+    }
+
+    #[test]
+    fn refuses_to_inject_what_is_not_on_the_disk() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let media = &disk.data().media;
+        for text in [
+            "",
+            "x",
+            "-1",
+            "0 0",
+            "1 2 3",
+            "16384",
+            "16383 2",
+            "1 18446744073709551615",
+        ] {
+            assert_eq!(media.inject(text), Err(EINVAL));
+        }
+        assert!(!media.is_suspect());
+        media.inject("16383 1\n")?;
+        media.inject("  0   16383 ")?;
+        assert!(media.is_suspect());
+        Ok(())
+    }
+
+    /// A page that memory management was told of, and has taken from the kernel's address space.
+    #[test]
+    fn a_failed_page_is_made_good_as_a_whole() -> Result {
+        use crate::kapi::mapping::{
+            FailureFlags,
+            Failures, //
+        };
+
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let device = disk.data();
+        let media = &device.media;
+        disk.submit_wait(kunit::WRITE, Sector(0), &mut pattern(16384)?)?;
+        // No file system.
+        let told = media.memory_failure(4096, 4096, FailureFlags::NONE);
+        assert_eq!(told, Err(EOPNOTSUPP));
+        device.mapping.make_inaccessible(device.pages(1, 1)?)?;
+
+        assert_eq!(
+            media.badblocks().first(&(Sector(0)..Sector(1000))),
+            Some(Sector(8)..Sector(16))
+        );
+        for (sector, len) in [(8, 512), (15, 1024), (0, 8192), (9, 3584)] {
+            let (first, mut data) = (Sector(sector), pattern(len)?);
+            assert_eq!(disk.submit_wait(kunit::READ, first, &mut data), Err(EIO));
+            // Had a part of it been stored, the kernel would have oopsed.
+            if len != 8192 {
+                assert_eq!(disk.submit_wait(kunit::WRITE, first, &mut data), Err(EIO));
+            }
+        }
+        let opf = kunit::WRITE | kunit::NOWAIT;
+        let mut data = pattern(8192)?;
+        assert_eq!(disk.submit_wait(opf, Sector(4), &mut data), Err(EAGAIN));
+        disk.submit_wait(kunit::WRITE, Sector(4), &mut data)?;
+        let mut back = buffer(0, 8192)?;
+        disk.submit_wait(kunit::READ, Sector(4), &mut back)?;
+        assert!(*back == *data);
+        assert!(!media.is_suspect());
+        assert_eq!(
+            media.memory_failure(SIZE, 4096, FailureFlags::NONE),
+            Err(ENXIO)
+        );
+        Ok(())
+    }
+
+    /// The copy meets memory that cannot be read, which nobody knew of.
+    #[test]
+    fn a_read_finds_bad_memory() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let device = disk.data();
+        disk.submit_wait(kunit::WRITE, Sector(0), &mut pattern(16384)?)?;
+        if !device.mapping.make_inaccessible(device.pages(2, 1)?)? {
+            kunit::skip();
+            return Ok(());
+        }
+        assert_eq!(
+            disk.submit_wait(kunit::READ, Sector(3), &mut buffer(0, 12288)?),
+            Err(EIO)
+        );
+        assert_eq!(
+            disk.submit_wait(kunit::READ, Sector(20), &mut buffer(0, 512)?),
+            Err(EIO)
+        );
+        let mut known = device.media.badblocks().all(Sector(0)..Sector(1000));
+        assert_eq!(known.next(), Some(Sector(16)..Sector(17)));
+        assert_eq!(known.next(), Some(Sector(20)..Sector(21)));
+        assert_eq!(known.next(), None);
+        disk.submit_wait(kunit::READ, Sector(0), &mut buffer(0, 8192)?)?;
+        disk.submit_wait(kunit::READ, Sector(24), &mut buffer(0, 4096)?)?;
+        // It is not the driver that has made it so.
+        device.mapping.make_accessible(device.pages(2, 1)?)
+    }
+
+    #[test]
+    fn dax_keeps_away_from_bad_pages() -> Result {
+        use dax::Operations;
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let device = disk.data();
+        let pages = |page, count, recovery| {
+            device
+                .direct_access(page, count, recovery)
+                .map(|window| window.memory.len() / 4096)
+        };
+        // In page 5, and at the end.
+        device.media.inject("47 1")?;
+        device.media.inject("16383 1")?;
+        assert_eq!(pages(0, 512, false), Ok(5));
+        assert_eq!(pages(3, 1, false), Ok(1));
+        assert_eq!(device.media.badblocks().runs(), 0);
+        assert_eq!(pages(5, 10, false), Err(EHWPOISON));
+        assert_eq!(device.media.badblocks().runs(), 1);
+        assert_eq!(pages(5, 10, true), Ok(1));
+        assert_eq!(pages(6, 10, false), Ok(10));
+        assert_eq!(pages(2040, 100, false), Ok(7));
+        assert_eq!(pages(2047, 100, false), Err(EHWPOISON));
+        assert_eq!(pages(2048, 100, true), Err(ERANGE));
+
+        // Of a part of a page nothing is written, and what was not written stays bad.
+        let never = || -> usize { unreachable!("copied to a bad page") };
+        assert_eq!(device.recovery_write(5, 0, 512, never), 0);
+        assert_eq!(device.recovery_write(5, 8, 4096, never), 0);
+        assert_eq!(device.recovery_write(5, 0, 4096, || 4095), 4095);
+        assert_eq!(pages(5, 10, false), Err(EHWPOISON));
+        assert_eq!(device.recovery_write(5, 0, 4096, || 4096), 4096);
+        assert_eq!(pages(5, 10, false), Ok(10));
+        assert_eq!(device.recovery_write(1, 9, 7, || 7), 7);
+
+        device.zero_page_range(2047, 1)?;
+        assert!(!device.media.is_suspect());
+        Ok(())
+    }
+
+    /// Root adds sectors by sysfs, and they are as bad as others.
+    #[test]
+    fn what_root_adds_is_bad() -> Result {
+        let Some(disk) = disk(512)? else {
+            return Ok(());
+        };
+        let list = disk.data().media.badblocks();
+        list.set(&(Sector(3)..Sector(4)))?;
+        assert!(readable(&disk, 2, 3)?[..] == [true, false, true]);
+        disk.submit_wait(kunit::WRITE, Sector(3), &mut buffer(0, 512)?)?;
+        assert!(readable(&disk, 2, 3)?[..] == [true, true, true]);
+        Ok(())
+    }
+
     #[test]
     fn struct_pages_on_the_range_leave_the_data_alone() -> Result {
         use dax::Operations;
@@ -552,7 +870,10 @@ mod tests {
             assert_eq!(device.mapping.size(), reserve.data_size());
             let start = device.mapping.start();
             assert_eq!(start % (2 << 20), 0);
-            assert_eq!(device.direct_access(0)?.pfn, Pfn::containing(start));
+            assert_eq!(
+                device.direct_access(0, 1, false)?.pfn,
+                Pfn::containing(start)
+            );
             disk.submit_wait(kunit::WRITE, Sector(end.0 - 128), &mut data)?;
             assert_eq!(disk.submit_wait(kunit::WRITE, end, &mut data), Err(EIO));
         }
@@ -577,6 +898,8 @@ mod tests {
             return Ok(());
         };
         assert!(Region::new(first.start(), 1, c"pmem_kunit").err() == Some(EBUSY));
+        let range = PhysRange::new(first.start(), first.size()).map_err(|_| EINVAL)?;
+        let media = Media::new(range)?;
         let altmap = |size| Some(Altmap { kept: 4096, size });
         for (skip, size, altmap) in [
             (4096, 2 << 20, None),
@@ -587,7 +910,8 @@ mod tests {
             (0, SIZE, altmap(0)),
         ] {
             let (start, node) = (first.start() + skip, Node::of_phys(0));
-            assert!(Mapping::with_pages(first.clone(), start, size, altmap, node).is_err());
+            let (region, failures) = (first.clone(), media.clone());
+            assert!(Mapping::with_pages(region, start, size, altmap, node, failures).is_err());
         }
         drop(first);
         assert!(region().is_ok());

@@ -6,6 +6,7 @@ mod device;
 mod display;
 mod kapi;
 mod kmem;
+mod media;
 #[expect(
     dead_code,
     unreachable_pub,

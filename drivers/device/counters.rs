@@ -22,6 +22,9 @@ const WRITE_ZEROES: usize = 5;
 const MEDIA_ERRORS: usize = 6;
 const CLEARED: usize = 7;
 
+/// The file by which root makes sectors bad.
+const INJECT_ERROR: usize = 8;
+
 /// Counts what is begun, on each CPU for itself. All of a CPU's counters are in one cache line.
 ///
 /// Accesses through DAX are not counted: they do not come here.
@@ -60,21 +63,20 @@ impl Counters {
         self.0.increment::<WRITE_ZEROES>();
     }
 
-    /// `count` reads have met broken memory.
+    /// `count` reads have met bad memory, known or not.
     #[cold]
     pub(super) fn add_media_errors(&self, count: u64) {
         self.0.add::<MEDIA_ERRORS>(count);
     }
 
-    /// `count` broken places were written anew, and can be read.
-    #[expect(dead_code, reason = "media errors are not remembered yet")]
+    /// `count` bad sectors were written anew, and can be read.
     #[cold]
     pub(super) fn add_cleared(&self, count: u64) {
         self.0.add::<CLEARED>(count);
     }
 }
 
-/// The counters are the files of a disk's directory of debugfs.
+/// The counters, and `inject_error`, are the files of a disk's directory of debugfs.
 impl attribute::Attributes for PmemDevice {
     const LIST: &'static [(&'static CStr, bool)] = &[
         (c"reads", false),
@@ -85,6 +87,7 @@ impl attribute::Attributes for PmemDevice {
         (c"write_zeroes", false),
         (c"media_errors", false),
         (c"cleared", false),
+        (c"inject_error", true),
     ];
 
     fn show(&self, index: usize) -> Result<CString> {
@@ -98,8 +101,16 @@ impl attribute::Attributes for PmemDevice {
             WRITE_ZEROES => counters.sum::<WRITE_ZEROES>(),
             MEDIA_ERRORS => counters.sum::<MEDIA_ERRORS>(),
             CLEARED => counters.sum::<CLEARED>(),
+            INJECT_ERROR => return self.media.latent(),
             _ => return Err(ENODEV),
         };
         CString::try_from_fmt(fmt!("{}", count))
+    }
+
+    fn store(&self, index: usize, value: &str) -> Result {
+        match index {
+            INJECT_ERROR => self.media.inject(value),
+            _ => Err(EACCES),
+        }
     }
 }

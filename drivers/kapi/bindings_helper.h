@@ -6,10 +6,12 @@
 #ifndef PMEM_BINDINGS_HELPER_H
 #define PMEM_BINDINGS_HELPER_H
 
+#include <linux/badblocks.h>
 #include <linux/bio.h>
 #include <linux/blkdev.h>
 #include <linux/dax.h>
 #include <linux/io.h>
+#include <linux/kernfs.h>
 #include <linux/memory.h>
 #include <linux/memory-tiers.h>
 #ifdef PMEM_DAX_BUS
@@ -103,10 +105,21 @@ struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax);
 struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax);
 #endif
 
+/* badblocks.rs */
+struct kernfs_node *pmem_helper_disk_badblocks_file(struct gendisk *disk);
+
 /* disk.rs */
 void pmem_helper_disk_lock_open(struct gendisk *disk);
 void pmem_helper_disk_unlock_open(struct gendisk *disk);
 unsigned int pmem_helper_disk_openers(struct gendisk *disk);
+
+/* mapping.rs */
+int pmem_helper_clear_mce_nospec(unsigned long pfn);
+void pmem_helper_clear_page_hwpoison(unsigned long pfn);
+#if IS_BUILTIN(CONFIG_KUNIT)
+bool pmem_helper_copy_survives_faults(void);
+int pmem_helper_set_mce_nospec(unsigned long pfn);
+#endif
 
 /* hotplug.rs */
 bool pmem_helper_node_possible(int nid);

@@ -4,7 +4,10 @@
 //!
 //! C header: [`include/linux/dax.h`](srctree/include/linux/dax.h)
 
-use super::bindings;
+use super::{
+    bindings,
+    mapping::FailureFlags, //
+};
 use crate::pmem_core::{
     extent::Pfn,
     persist::VolatileSlice, //
@@ -22,9 +25,13 @@ use kernel::{
         c_ulong,
         c_void, //
     },
+    new_mutex,
     page::PAGE_SIZE,
     prelude::*,
-    sync::Arc, //
+    sync::{
+        Arc,
+        Mutex, //
+    }, //
 };
 
 /// Device memory that can be accessed directly.
@@ -37,12 +44,16 @@ pub(crate) struct Window<'a> {
 
 /// What a DAX device does. Page numbers are relative to the device, in units of `PAGE_SIZE`.
 pub(crate) trait Operations: Send + Sync {
-    /// Returns the memory from page `page` on: at least one page, as much as is contiguous.
+    /// Returns the memory from page `page` on: at least one page, as much as is contiguous and good.
+    /// The caller wants `count` pages; more do no harm.
+    ///
+    /// For `recovery` the first page may be bad: [`recovery_write`](Self::recovery_write) comes next.
     ///
     /// # Errors
     ///
-    /// `ERANGE` when the page is not on the device.
-    fn direct_access(&self, page: u64) -> Result<Window<'_>>;
+    /// - `ERANGE`: the page is not on the device.
+    /// - `EHWPOISON`: the page is bad.
+    fn direct_access(&self, page: u64, count: u64, recovery: bool) -> Result<Window<'_>>;
 
     /// Zeroes `count` pages from `page` on.
     ///
@@ -50,6 +61,19 @@ pub(crate) trait Operations: Send + Sync {
     ///
     /// `ERANGE` when they are not all on the device.
     fn zero_page_range(&self, page: u64, count: u64) -> Result;
+
+    /// Makes bad memory good by overwriting it: `len` bytes at `offset` of page `page`, which
+    /// [`direct_access`](Self::direct_access) has given out for recovery.
+    ///
+    /// `copy` writes them, and returns how many, which is fewer if the source cannot be read. Returns
+    /// how many were written and can be read from now on.
+    fn recovery_write(
+        &self,
+        page: u64,
+        offset: u64,
+        len: u64,
+        copy: impl FnOnce() -> usize,
+    ) -> usize;
 }
 
 /// How a DAX device is to be treated.
@@ -61,13 +85,58 @@ pub(crate) struct Options {
     pub(crate) synchronous: bool,
 }
 
+/// The way to the file system that uses a DAX device, while there is one.
+///
+/// It is there before the device and after it: memory can fail at any time.
+///
+/// # Invariants
+///
+/// A device that is there is alive, or being killed.
+#[pin_data]
+pub(crate) struct Holder {
+    #[pin]
+    device: Mutex<Option<Dax>>,
+}
+
+/// A pointer to a device.
+struct Dax(NonNull<bindings::dax_device>);
+
+// SAFETY: A device belongs to no thread.
+unsafe impl Send for Dax {}
+
+impl Holder {
+    /// A way that leads nowhere yet.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Holder {
+            device <- new_mutex!(None),
+        })
+    }
+
+    /// Tells the file system that the `len` bytes at `offset` of the device have failed. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// - `EOPNOTSUPP`: there is none, or it does not deal with failures.
+    /// - Others: those of the file system.
+    pub(crate) fn notify_failure(&self, offset: u64, len: u64, flags: FailureFlags) -> Result {
+        let device = self.device.lock();
+        let dax = device.as_ref().ok_or(EOPNOTSUPP)?;
+        // SAFETY: By the type invariant; that it is alive is looked at by the C function, for which
+        // killing the device waits.
+        to_result(unsafe {
+            bindings::dax_holder_notify_failure(dax.0.as_ptr(), offset, len, flags.0)
+        })
+    }
+}
+
 /// A DAX device.
 ///
 /// # Invariants
 ///
-/// `dax` is alive until it is dropped. Its private data is `data`, or none.
+/// `dax` is alive until it is dropped, and `holder` leads to it. Its private data is `data`, or none.
 pub(crate) struct Device<T> {
     dax: NonNull<bindings::dax_device>,
+    holder: Arc<Holder>,
     // Dropped after `drop()`, from which on no operation runs.
     _data: Arc<T>,
 }
@@ -85,19 +154,22 @@ impl<T: Operations> Device<T> {
         recovery_write: Some(Self::recovery_write),
     };
 
-    /// Creates a DAX device that is served by `data`.
+    /// Creates a DAX device that is served by `data`, and to which `holder` leads.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(data: Arc<T>, options: Options) -> Result<Self> {
+    pub(crate) fn new(data: Arc<T>, options: Options, holder: Arc<Holder>) -> Result<Self> {
         let private = Arc::as_ptr(&data).cast_mut().cast::<c_void>();
         // SAFETY: The table is a static. The private data lives until no operation runs any more,
         // by the order in which `Device` is dropped.
         let dax = from_err_ptr(unsafe { bindings::alloc_dax(private, Self::OPS) })?;
+        let pointer = NonNull::new(dax).ok_or(ENOMEM)?;
         // INVARIANT: Just allocated, with `data`.
+        *holder.device.lock() = Some(Dax(pointer));
         let device = Device {
-            dax: NonNull::new(dax).ok_or(ENOMEM)?,
+            dax: pointer,
+            holder,
             _data: data,
         };
         // SAFETY: `dax` is alive; nobody else knows it yet.
@@ -130,14 +202,19 @@ impl<T: Operations> Device<T> {
     unsafe extern "C" fn direct_access(
         dax: *mut bindings::dax_device,
         page: c_ulong,
-        _pages: c_long,
-        _mode: bindings::dax_access_mode,
+        count: c_long,
+        mode: bindings::dax_access_mode,
         kaddr: *mut *mut c_void,
         pfn: *mut c_ulong,
     ) -> c_long {
         // SAFETY: By the function's contract.
         let data = unsafe { Self::data(dax) };
-        match data.ok_or(ENXIO).and_then(|d| d.direct_access(page as u64)) {
+        let recovery = mode == bindings::dax_access_mode_DAX_RECOVERY_WRITE;
+        let count = u64::try_from(count).unwrap_or(0);
+        match data
+            .ok_or(ENXIO)
+            .and_then(|d| d.direct_access(page as u64, count, recovery))
+        {
             Ok(window) => {
                 // SAFETY: By the function's contract.
                 unsafe {
@@ -177,25 +254,35 @@ impl<T: Operations> Device<T> {
     ///
     /// Called by DAX, with `bytes` at `addr` that it has from `direct_access`, and a valid `iter`.
     unsafe extern "C" fn recovery_write(
-        _dax: *mut bindings::dax_device,
-        _page: c_ulong,
+        dax: *mut bindings::dax_device,
+        page: c_ulong,
         addr: *mut c_void,
         bytes: usize,
         iter: *mut bindings::iov_iter,
     ) -> usize {
         // SAFETY: By the function's contract.
-        unsafe { bindings::_copy_from_iter_flushcache(addr, bytes, iter) }
+        let Some(data) = (unsafe { Self::data(dax) }) else {
+            return 0;
+        };
+        let offset = addr.addr() % PAGE_SIZE;
+        data.recovery_write(page as u64, offset as u64, bytes as u64, || {
+            // SAFETY: By the function's contract.
+            unsafe { bindings::_copy_from_iter_flushcache(addr, bytes, iter) }
+        })
     }
 }
 
 impl<T> Drop for Device<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant `dax` is alive, and this is its last use here.
+        // SAFETY: By the type invariant `dax` is alive, and `put_dax()` is its last use here.
         // `kill_dax()` waits for the operations that run, and lets no new one begin.
         unsafe {
             bindings::kill_dax(self.dax.as_ptr());
-            bindings::put_dax(self.dax.as_ptr());
         }
+        // INVARIANT: Who tells of a failure has the lock until it is told.
+        *self.holder.device.lock() = None;
+        // SAFETY: As above.
+        unsafe { bindings::put_dax(self.dax.as_ptr()) };
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
         Attributes,
         Group, //
     },
+    badblocks::Badblocks,
     bindings,
     bio::Bio,
     dax,
@@ -54,6 +55,11 @@ pub(crate) trait Operations: Send + Sync + 'static {
     /// What `open(2)` is to give.
     fn open(&self) -> Result {
         Ok(())
+    }
+
+    /// The list of the disk's bad sectors, if it has one.
+    fn badblocks(&self) -> Option<&Badblocks> {
+        None
     }
 }
 
@@ -241,6 +247,10 @@ impl<T: Operations> Prepared<T> {
             }
             disk.fops = Self::OPS;
             disk.private_data = Arc::as_ptr(&data).cast_mut().cast();
+            // Only files in sysfs use it, which are gone before `data` is.
+            if let Some(list) = data.badblocks() {
+                disk.bb = list.as_ptr().cast();
+            }
         }
         // SAFETY: The disk is valid.
         unsafe {
@@ -306,6 +316,10 @@ impl<T: Operations> Prepared<T> {
         // SAFETY: By the type invariant the disk is complete. `data` and the group live until
         // `del_gendisk()` has waited for the bios that are in flight, and removed the attributes.
         to_result(unsafe { bindings::device_add_disk(null_mut(), self.disk.0.as_ptr(), groups) })?;
+        if let Some(list) = self.data.badblocks() {
+            // SAFETY: Just added.
+            unsafe { list.attach(self.disk.0) };
+        }
         // INVARIANT: Just added.
         Ok(Disk(self))
     }

@@ -18,6 +18,7 @@
 #include <linux/percpu.h>
 #include <linux/platform_device.h>
 #include <linux/sched.h>
+#include <linux/set_memory.h>
 #include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/sysfs.h>
@@ -152,6 +153,40 @@ struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax)
 struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax)
 {
 	return container_of(dev_dax->dev.driver, struct dax_device_driver, drv);
+}
+#endif
+
+struct kernfs_node *pmem_helper_disk_badblocks_file(struct gendisk *disk)
+{
+	return sysfs_get_dirent(disk_to_dev(disk)->kobj.sd, "badblocks");
+}
+
+int pmem_helper_clear_mce_nospec(unsigned long pfn)
+{
+	return clear_mce_nospec(pfn);
+}
+
+void pmem_helper_clear_page_hwpoison(unsigned long pfn)
+{
+#ifdef CONFIG_MEMORY_FAILURE
+	TestClearPageHWPoison(pfn_to_page(pfn));
+#endif
+}
+
+#if IS_BUILTIN(CONFIG_KUNIT)
+/* A plain copy would not: it is what machines without any of these get. */
+bool pmem_helper_copy_survives_faults(void)
+{
+#ifdef CONFIG_X86
+	return IS_ENABLED(CONFIG_ARCH_HAS_COPY_MC) && boot_cpu_has(X86_FEATURE_ERMS);
+#else
+	return false;
+#endif
+}
+
+int pmem_helper_set_mce_nospec(unsigned long pfn)
+{
+	return set_mce_nospec(pfn);
 }
 #endif
 

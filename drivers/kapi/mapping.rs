@@ -10,23 +10,104 @@ use super::{
     numa::Node,
     region::Region, //
 };
-use crate::pmem_core::persist::{
-    Cache,
-    VolatileSlice, //
+use crate::pmem_core::{
+    extent::{
+        Extent,
+        Pfn,
+        PAGE_SIZE, //
+    },
+    persist::{
+        Cache,
+        VolatileSlice, //
+    }, //
 };
 use core::ptr::NonNull;
 use kernel::{
-    error::from_err_ptr,
-    page::PAGE_SIZE,
+    error::{
+        from_err_ptr,
+        from_result,
+        to_result, //
+    },
+    ffi::{
+        c_int,
+        c_ulong, //
+    },
     prelude::*,
     sync::Arc,
     types::Opaque, //
 };
 
+/// What memory management says of a failure, to hand on as it is.
+#[derive(Clone, Copy)]
+pub(crate) struct FailureFlags(pub(super) c_int);
+
+#[cfg(CONFIG_KUNIT = "y")]
+impl FailureFlags {
+    /// Nothing is said.
+    pub(crate) const NONE: Self = FailureFlags(0);
+}
+
+/// Who is told that memory of a mapping has failed.
+pub(crate) trait Failures: Send + Sync {
+    /// The `len` bytes at `offset` of the mapping, which are whole pages, cannot be read any more.
+    ///
+    /// Called while the range is being mapped, while it is, and while it is being unmapped; may
+    /// sleep. When it returns, the kernel may unmap the pages from its own address space.
+    ///
+    /// # Errors
+    ///
+    /// - `EOPNOTSUPP`: memory management is to kill the processes that have mapped the pages.
+    /// - Others: the failure could not be dealt with, which is logged.
+    fn memory_failure(&self, offset: u64, len: u64, flags: FailureFlags) -> Result;
+}
+
+/// What `memremap_pages()` gets.
+///
+/// # Invariants
+///
+/// The `owner` of `map` is this.
+struct Pagemap {
+    map: Opaque<bindings::dev_pagemap>,
+    /// Where the mapping starts, after the room for struct pages.
+    start: u64,
+    failures: Arc<dyn Failures>,
+}
+
+impl Pagemap {
+    const OPS: bindings::dev_pagemap_ops = bindings::dev_pagemap_ops {
+        memory_failure: Some(Self::memory_failure),
+        ..pin_init::zeroed()
+    };
+
+    /// # Safety
+    ///
+    /// Called by memory management on the `map` of a `Pagemap`, which lives until
+    /// `memunmap_pages()` has waited for this.
+    unsafe extern "C" fn memory_failure(
+        map: *mut bindings::dev_pagemap,
+        pfn: c_ulong,
+        count: c_ulong,
+        flags: c_int,
+    ) -> c_int {
+        // SAFETY: By the function's contract and the type invariant.
+        let this = unsafe { &*(*map).owner.cast::<Self>() };
+        from_result(|| {
+            let offset = (pfn as u64)
+                .checked_mul(PAGE_SIZE)
+                .and_then(|phys| phys.checked_sub(this.start))
+                .ok_or(ENXIO)?;
+            let len = (count as u64).checked_mul(PAGE_SIZE).ok_or(ENXIO)?;
+            this.failures
+                .memory_failure(offset, len, FailureFlags(flags))?;
+            Ok(0)
+        })
+    }
+}
+
 /// How a range is mapped, and so how the mapping goes.
 enum Kind {
     /// By `memremap_pages()`, which has accepted this.
-    Pages(Pin<KBox<Opaque<bindings::dev_pagemap>>>),
+    Pages(Pin<KBox<Pagemap>>),
     /// By `memremap()`.
     Memory,
     /// By `ioremap()`.
@@ -89,7 +170,7 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps the `size` bytes at `start` of `region` write-back, with struct pages for a DAX file
-    /// system; these are in the memory of `node`.
+    /// system; these are in the memory of `node`. `failures` is told when memory of it fails.
     ///
     /// With `altmap`, they are on the range itself, and the mapping is what follows the room for
     /// them. The kernel puts those of whole sections, 128 MiB, there; those of what is left before
@@ -107,6 +188,7 @@ impl Mapping {
         size: u64,
         altmap: Option<Altmap>,
         node: Node,
+        failures: Arc<dyn Failures>,
     ) -> Result<Self> {
         // SAFETY: Computed from constants.
         let align = u64::try_from(unsafe { bindings::memremap_compat_align() })?;
@@ -129,10 +211,11 @@ impl Mapping {
         let mut pgmap = bindings::dev_pagemap {
             type_: bindings::memory_type_MEMORY_DEVICE_FS_DAX,
             nr_range: 1,
+            ops: &Pagemap::OPS,
             ..Default::default()
         };
         if let Some(Altmap { kept, size }) = altmap {
-            let pages = |bytes: u64| usize::try_from(bytes / PAGE_SIZE as u64);
+            let pages = |bytes: u64| usize::try_from(bytes / PAGE_SIZE);
             pgmap.flags |= bindings::PGMAP_ALTMAP_VALID;
             pgmap.altmap = bindings::vmem_altmap {
                 base_pfn: pages(start)?,
@@ -144,13 +227,21 @@ impl Mapping {
         }
         // SAFETY: With `nr_range` 1 this is the member of the union that is in use.
         *unsafe { pgmap.__bindgen_anon_1.range.as_mut() } = bindings::range { start, end: last };
-        let pgmap = KBox::pin(Opaque::new(pgmap), GFP_KERNEL)?;
+        let pgmap = Pagemap {
+            map: Opaque::new(pgmap),
+            start: start.wrapping_add(room),
+            failures,
+        };
+        let pgmap = KBox::pin(pgmap, GFP_KERNEL)?;
+        // INVARIANT: It is pinned, and nobody else knows it yet.
+        // SAFETY: As above.
+        unsafe { (*pgmap.map.get()).owner = (&raw const *pgmap).cast_mut().cast() };
 
         // SAFETY: `pgmap` is initialized, and pinned until `memunmap_pages()`. The range is
         // claimed by `region`, so that nobody else has a mapping that this one could conflict
         // with. `Node` is online. The kernel writes to the room of `altmap` alone, which its owner
         // does not access.
-        let addr = from_err_ptr(unsafe { bindings::memremap_pages(pgmap.get(), node.id()) })?;
+        let addr = from_err_ptr(unsafe { bindings::memremap_pages(pgmap.map.get(), node.id()) })?;
         let addr = addr.cast::<u8>().wrapping_add(usize::try_from(room)?);
 
         // INVARIANT: Just mapped, and `room` is less than `size`.
@@ -226,6 +317,66 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Where `part` begins in the mapping, of which it is a part.
+    pub(crate) fn offset_of(&self, part: VolatileSlice<'_>) -> u64 {
+        part.as_ptr().addr().wrapping_sub(self.addr.addr().get()) as u64
+    }
+
+    /// The frames of the pages that `extent` has bytes of, if there are struct pages.
+    fn frames(&self, extent: Extent) -> core::ops::Range<u64> {
+        if !matches!(self.kind, Kind::Pages(_))
+            || self.slice(extent.offset(), extent.len()).is_none()
+        {
+            return 0..0;
+        }
+        // The mapping does not reach beyond the last address.
+        let first = self.start.wrapping_add(extent.offset());
+        let end = self.start.wrapping_add(extent.end());
+        Pfn::containing(first).0..end.div_ceil(PAGE_SIZE)
+    }
+
+    /// Lets the kernel access the pages of `extent`, from which it may have been kept because their
+    /// memory failed. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`: no memory for page tables. Some of the pages may be accessible.
+    pub(crate) fn make_accessible(&self, extent: Extent) -> Result {
+        for pfn in self.frames(extent) {
+            // SAFETY: The page is of this mapping, which is where it would be mapped.
+            to_result(unsafe { bindings::pmem_helper_clear_mce_nospec(pfn as c_ulong) })?;
+        }
+        Ok(())
+    }
+
+    /// Takes the mark of failed memory off the pages of `extent`.
+    pub(crate) fn clear_poison(&self, extent: Extent) {
+        for pfn in self.frames(extent) {
+            // SAFETY: It has a struct page, as `Kind::Pages` says.
+            unsafe { bindings::pmem_helper_clear_page_hwpoison(pfn as c_ulong) };
+        }
+    }
+
+    /// Keeps the kernel from the pages of `extent`, as it does when their memory has failed.
+    ///
+    /// Whoever accesses them then faults, unless it is [`mc::copy`](super::mc::copy), so that only
+    /// a test of that and of [`make_accessible`](Self::make_accessible) may do this. Returns
+    /// whether it was done: on a CPU on which that copy would not survive, it is not.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn make_inaccessible(&self, extent: Extent) -> Result<bool> {
+        // SAFETY: Looks at CPU features.
+        if !unsafe { bindings::pmem_helper_copy_survives_faults() } {
+            return Ok(false);
+        }
+        for pfn in self.frames(extent) {
+            // SAFETY: The page is of this mapping, which only tests use that know of it.
+            to_result(unsafe { bindings::pmem_helper_set_mce_nospec(pfn as c_ulong) })?;
+        }
+        Ok(true)
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         let addr = self.addr.as_ptr().cast();
@@ -233,7 +384,7 @@ impl Drop for Mapping {
         unsafe {
             match &self.kind {
                 // Waits until nobody has a reference to one of the pages.
-                Kind::Pages(pgmap) => bindings::memunmap_pages(pgmap.get()),
+                Kind::Pages(pgmap) => bindings::memunmap_pages(pgmap.map.get()),
                 Kind::Memory => bindings::memunmap(addr),
                 Kind::Io => bindings::iounmap(addr),
             }

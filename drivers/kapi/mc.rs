@@ -16,6 +16,19 @@ use kernel::prelude::*;
 /// - `EINVAL`: `to` is shorter than `from`, or both are 4 GiB or longer.
 #[inline]
 pub(crate) fn copy(to: VolatileSlice<'_>, from: VolatileSlice<'_>) -> Result {
+    match copy_readable(to, from)? {
+        0 => Ok(()),
+        _ => Err(EIO),
+    }
+}
+
+/// Copies `from` up to the first byte that cannot be read, and returns how many bytes are left.
+///
+/// # Errors
+///
+/// `EINVAL`: `to` is shorter than `from`, or both are 4 GiB or longer.
+#[inline]
+pub(crate) fn copy_readable(to: VolatileSlice<'_>, from: VolatileSlice<'_>) -> Result<usize> {
     let len = u32::try_from(from.len())?;
     if to.len() < from.len() {
         return Err(EINVAL);
@@ -24,11 +37,7 @@ pub(crate) fn copy(to: VolatileSlice<'_>, from: VolatileSlice<'_>) -> Result {
     // The copy is made by assembly, to which an overlap is only a concurrent writer.
     let left =
         unsafe { bindings::copy_mc_to_kernel(to.as_ptr().cast(), from.as_ptr().cast(), len) };
-    if left == 0 {
-        Ok(())
-    } else {
-        Err(EIO)
-    }
+    Ok(left as usize)
 }
 
 /// Copies the beginning of `from`, which may have bad memory in it, to all of `buf`.

@@ -6,6 +6,7 @@
 //! file of `rust/kernel/`.
 
 pub(crate) mod attribute;
+pub(crate) mod badblocks;
 mod bindings;
 pub(crate) mod bio;
 pub(crate) mod config;
