@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::{self, NonNull};
 
-use rustix::mm::{mmap, msync, munmap, MapFlags, MsyncFlags, ProtFlags};
+use rustix::mm::{madvise, mmap, msync, munmap, Advice, MapFlags, MsyncFlags, ProtFlags};
 
 /// A file, mapped shared, readable and writable.
 ///
@@ -74,6 +74,15 @@ impl Mapping {
         }
         // SAFETY: Every x86-64 CPU has the instruction.
         unsafe { _mm_sfence() };
+    }
+
+    /// Says that the memory of the pages from `at` on has failed. The kernel then kills who has them
+    /// mapped, by `SIGBUS`.
+    pub fn poison(&mut self, at: usize, len: usize) -> io::Result<()> {
+        let start = self.bytes_mut()[at..at + len].as_mut_ptr();
+        // SAFETY: The range is mapped. What becomes of it is that accesses of it fail.
+        unsafe { madvise(start.cast(), len, Advice::LinuxHwPoison) }?;
+        Ok(())
     }
 
     /// Makes all stores durable by `msync(2)`.

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
@@ -41,6 +42,11 @@ usage: pmem-guest PROGRAM ...
   files-check DIR LOG               after a power loss, compare them with LOG
   differing FILE DISK BLOCKS        print the numbers of blocks that are not the same in both, or cannot be read
   census DISK WORD                  count pages that are zero, have a WORD, or neither, as JSON
+  poll FILE SECONDS                 wait until a file in sysfs says that it has changed, and print it
+  mmap-read FILE PAGE               read a page of a mapping
+  poison FILE PAGE                  say that the memory of a page of a mapping has failed
+  read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
+  read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
 ";
 
 const PAGE: usize = 4096;
@@ -104,6 +110,30 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["files-check", dir, log] => writers::files_check(dir, log),
         ["differing", file, disk, blocks] => differing(file, disk, number(blocks)?),
         ["census", disk, word] => census(disk, number(word)? as u64),
+        ["poll", file, seconds] => poll_file(file, number(seconds)?),
+        ["mmap-read", file, page] => {
+            black_box(map(file)?.bytes()[number(page)? * PAGE]);
+            Ok(())
+        }
+        ["poison", file, page] => {
+            let (mut mapping, at) = (map(file)?, number(page)? * PAGE);
+            mapping.poison(at, PAGE)?;
+            // Rust's own handler of SIGBUS lets the first one pass.
+            black_box(mapping.bytes()[at]);
+            Ok(())
+        }
+        ["read-pages", file] => {
+            let file = File::open(file)?;
+            let pages = file.metadata()?.len().div_ceil(PAGE as u64) as usize;
+            unreadable(&file, PAGE, pages)
+        }
+        ["read-sectors", disk, count] => {
+            let disk = OpenOptions::new()
+                .read(true)
+                .custom_flags(OFlags::DIRECT.bits() as i32)
+                .open(disk)?;
+            unreadable(&disk, 512, number(count)?)
+        }
         ["time-write", attribute, text] => timing::write(attribute, text),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
@@ -340,6 +370,46 @@ fn differing(file: &str, disk: &str, blocks: usize) -> io::Result<()> {
             println!("{block}");
         }
     }
+    Ok(())
+}
+
+/// All of a file, mapped.
+fn map(path: &str) -> io::Result<Mapping> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let len = file.metadata()?.len();
+    Mapping::new(&file, len as usize, false)
+}
+
+/// Says which of the first `count` units of `unit` bytes fail with EIO.
+fn unreadable(file: &File, unit: usize, count: usize) -> io::Result<()> {
+    let mut buffer = Aligned::new(unit);
+    for i in 0..count {
+        match file.read_at(buffer.bytes_mut(), (i * unit) as u64) {
+            Ok(0) => return Err(io::Error::other(format!("it ends at {i}"))),
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
+                println!("{i}");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Waits as `poll(2)` on an attribute is to be used: after it was read, and for `POLLPRI`.
+fn poll_file(path: &str, seconds: usize) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    file.read_to_end(&mut Vec::new())?;
+    println!("ready");
+    let mut fds = [PollFd::new(&file, PollFlags::PRI)];
+    let timeout = Timespec {
+        tv_sec: seconds as i64,
+        tv_nsec: 0,
+    };
+    if poll(&mut fds, Some(&timeout))? == 0 {
+        return Err(io::Error::other("it has not changed"));
+    }
+    print!("{}", std::fs::read_to_string(path)?);
     Ok(())
 }
 

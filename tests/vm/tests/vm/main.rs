@@ -13,6 +13,7 @@ mod kexec;
 mod kmem;
 mod lifecycle;
 mod limits;
+mod media;
 mod memmap;
 mod params;
 mod power;

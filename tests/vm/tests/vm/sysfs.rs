@@ -130,6 +130,8 @@ fn uevents_come_with_the_attributes_and_the_provider() -> Result<()> {
 fn counters(vm: &Vm, disk: &str) -> Result<BTreeMap<String, u64>> {
     files(vm, &format!("/sys/kernel/debug/pmem/{disk}"))?
         .into_iter()
+        // Not a counter.
+        .filter(|(name, _)| name != "inject_error")
         .map(|(name, value)| Ok((name, value.parse()?)))
         .collect()
 }
