@@ -127,12 +127,10 @@ pub(crate) const STRUCT_PAGE_SIZE: u64 = size_of::<bindings::page>() as u64;
 ///
 /// `ENOMEM`.
 pub(super) fn check_struct_pages(size: u64) -> Result {
-    let wanted = (size / PAGE_SIZE as u64).saturating_mul(STRUCT_PAGE_SIZE);
+    let wanted = (size / PAGE_SIZE).saturating_mul(STRUCT_PAGE_SIZE);
     // SAFETY: Reads counters.
     let pages = unsafe { bindings::si_mem_available() };
-    let available = u64::try_from(pages)
-        .unwrap_or(0)
-        .saturating_mul(PAGE_SIZE as u64);
+    let available = u64::try_from(pages).unwrap_or(0).saturating_mul(PAGE_SIZE);
     if wanted.saturating_add(wanted / 8) > available {
         return Err(ENOMEM);
     }
