@@ -74,7 +74,7 @@ struct Pagemap {
 }
 
 impl Pagemap {
-    const OPS: bindings::dev_pagemap_ops = bindings::dev_pagemap_ops {
+    const OPS: &'static bindings::dev_pagemap_ops = &bindings::dev_pagemap_ops {
         memory_failure: Some(Self::memory_failure),
         ..pin_init::zeroed()
     };
@@ -209,7 +209,7 @@ impl Mapping {
         let mut pgmap = bindings::dev_pagemap {
             type_: bindings::memory_type_MEMORY_DEVICE_FS_DAX,
             nr_range: 1,
-            ops: &Pagemap::OPS,
+            ops: Pagemap::OPS,
             ..Default::default()
         };
         if let Some(Altmap { kept, size }) = altmap {
