@@ -62,15 +62,14 @@ fn serve() -> io::Result<()> {
     for module in early.lines() {
         insmod(module, "").map_err(|error| within(module, error))?;
     }
-    let port = port()?;
+    let mut lines = BufReader::new(port()?);
     answer(
-        &port,
+        lines.get_ref(),
         0,
         Reply::Ready {
             kernel: uname().release().to_string_lossy().into_owned(),
         },
     )?;
-    let mut lines = BufReader::new(port.try_clone()?);
     let mut line = String::new();
     loop {
         line.clear();
@@ -86,15 +85,23 @@ fn serve() -> io::Result<()> {
         };
         if let Request::Shell { rows, cols, term } = request {
             let shell = Shell::new(rows, cols, &term)?;
-            answer(&port, id, Reply::Done)?;
-            return shell.relay(&port);
+            answer(lines.get_ref(), id, Reply::Done)?;
+            return shell.relay(lines.get_ref());
         }
         let reply = perform(request).unwrap_or_else(|error| Reply::Errno {
             errno: error.errno,
             text: error.text,
         });
         reap();
-        answer(&port, id, reply)?;
+        let answer = encode(id, reply)?;
+        match lines.get_mut().write_all(&answer) {
+            // What was run has bound the port's driver anew.
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {
+                lines = BufReader::new(port()?);
+                lines.get_mut().write_all(&answer)?;
+            }
+            written => written?,
+        }
     }
 }
 
@@ -130,10 +137,14 @@ fn within(what: &str, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
-fn answer(mut port: &File, id: u64, reply: Reply) -> io::Result<()> {
+fn encode(id: u64, reply: Reply) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(&Answer { id, reply })?;
     line.push(b'\n');
-    port.write_all(&line)
+    Ok(line)
+}
+
+fn answer(mut port: &File, id: u64, reply: Reply) -> io::Result<()> {
+    port.write_all(&encode(id, reply)?)
 }
 
 struct Failure {

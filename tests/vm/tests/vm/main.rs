@@ -19,5 +19,6 @@ mod params;
 mod power;
 mod stack;
 mod stock;
+mod suspend;
 mod sysfs;
 mod tools;
