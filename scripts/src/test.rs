@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, value_enum)]
     flavour: Vec<Flavour>,
 
-    /// How many VMs to run at once. One for two CPUs, unless told otherwise.
+    /// How many VMs to run at once. One for each CPU and 8 at most, unless told otherwise.
     #[arg(long, short, value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
 }
@@ -321,7 +321,7 @@ impl Suite<'_> {
             .map(|flavour| flavour.name())
             .collect();
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let jobs = self.args.jobs.map_or((cpus / 2).max(1), usize::from);
+        let jobs = self.args.jobs.map_or(cpus.min(8), usize::from);
         let mut test = cargo("test");
         test.args(["--package", VM_TESTS, "--no-fail-fast"])
             .args(&self.args.filter)
