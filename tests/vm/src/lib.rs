@@ -87,6 +87,16 @@ pub fn stock() -> Result<Builder<'static>> {
     Ok(machine(flavour)?.module("ext4"))
 }
 
+/// A machine with one of Debian's kernels, which have what ours lack; none if `PMEM_FLAVOURS` names neither.
+pub fn debian() -> Result<Option<Builder<'static>>> {
+    let flavour = flavours()?.into_iter().find(|flavour| flavour.is_stock());
+    let Some(flavour) = flavour else {
+        eprintln!("skipped: {FLAVOURS_VARIABLE} names no kernel of Debian's");
+        return Ok(None);
+    };
+    Ok(Some(machine(flavour)?.module("ext4")))
+}
+
 /// Boots a machine, does `body` in it, and cuts its power: what has to be durable is durable when `body` returns.
 ///
 /// # Errors

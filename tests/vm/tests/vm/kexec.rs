@@ -5,28 +5,21 @@
 
 use anyhow::{ensure, Result};
 use std::time::Duration;
-use vm_tests::{boot, boot_dirty, load, machine, unload, wanted, GIB, MIB, UPPER};
-use xtask::flavour::Flavour;
+use vm_tests::{boot, boot_dirty, debian, load, unload, GIB, MIB, UPPER};
 use xtask::vm::{Builder, Vm, NEXT_INITRD, NEXT_KERNEL};
 
 const LOAD: &str = "pmem_start=4G pmem_size=1G pmem_count=2";
+
+/// A machine that can start another kernel.
+fn machine() -> Result<Option<Builder<'static>>> {
+    Ok(debian()?.map(|machine| machine.ram(2 * GIB).next_kernel()))
+}
 
 /// What is another one with each kernel that starts.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What takes minutes of an emulated CPU.
 const LONG: Duration = Duration::from_secs(300);
-
-/// A machine with Debian's kernel, as ours cannot start another one.
-fn debian() -> Result<Option<Builder<'static>>> {
-    for flavour in [Flavour::Cloud, Flavour::Amd64] {
-        if wanted(flavour)? {
-            let machine = machine(flavour)?.ram(2 * GIB).next_kernel();
-            return Ok(Some(machine.module("ext4")));
-        }
-    }
-    Ok(None)
-}
 
 /// Loads a kernel to be started, as `how` says.
 fn load_next(vm: &Vm, how: &str) -> Result<()> {
@@ -78,7 +71,7 @@ fn verify(vm: &Vm) -> Result<()> {
 
 #[test]
 fn the_next_kernel_finds_the_data() -> Result<()> {
-    let Some(machine) = debian()? else {
+    let Some(machine) = machine()? else {
         return Ok(());
     };
     boot(machine, |vm| {
@@ -93,7 +86,7 @@ fn the_next_kernel_finds_the_data() -> Result<()> {
 
 #[test]
 fn a_crash_kernel_finds_the_data() -> Result<()> {
-    let Some(machine) = debian()? else {
+    let Some(machine) = machine()? else {
         return Ok(());
     };
     boot_dirty(machine.cmdline("crashkernel=512M"), |vm| {

@@ -4,24 +4,13 @@
 
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
-use vm_tests::{boot, load, machine, stock, unload, wanted, MIB};
-use xtask::flavour::Flavour;
-use xtask::vm::{Builder, Vm};
+use vm_tests::{boot, debian, load, stock, unload, MIB};
+use xtask::vm::Vm;
 
 const EAGAIN: i32 = 11;
 
 /// What takes minutes of an emulated CPU.
 const LONG: Duration = Duration::from_secs(300);
-
-/// A machine with Debian's kernel, whose modules ours do not have.
-fn debian() -> Result<Option<Builder<'static>>> {
-    for flavour in [Flavour::Cloud, Flavour::Amd64] {
-        if wanted(flavour)? {
-            return Ok(Some(machine(flavour)?.module("ext4")));
-        }
-    }
-    Ok(None)
-}
 
 /// Who uses a disk keeps the driver.
 fn unload_is_refused(vm: &Vm) -> Result<()> {

@@ -7,22 +7,11 @@
 
 use anyhow::{ensure, Result};
 use std::time::Duration;
-use vm_tests::{boot, load, machine, unload, wanted};
-use xtask::flavour::Flavour;
-use xtask::vm::{Builder, Vm};
+use vm_tests::{boot, debian, load, unload};
+use xtask::vm::Vm;
 
 /// What takes minutes of an emulated CPU.
 const LONG: Duration = Duration::from_secs(300);
-
-/// A machine with Debian's kernel, as ours cannot suspend.
-fn debian() -> Result<Option<Builder<'static>>> {
-    for flavour in [Flavour::Cloud, Flavour::Amd64] {
-        if wanted(flavour)? {
-            return Ok(Some(machine(flavour)?.module("ext4")));
-        }
-    }
-    Ok(None)
-}
 
 /// A mounted file system, with a process that has a file of it mapped and stops half-way through its stores; and a
 /// disk whose other memory is RAM, with a process that uses it.

@@ -122,6 +122,20 @@ fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
     })
 }
 
+/// Writes the first `blocks` blocks of the disk, and compares them.
+fn fill(vm: &Vm, blocks: u64, seed: u64) -> Result<()> {
+    vm.sh_for(
+        &format!(
+            "pmem-guest fill /tmp/x {size} {seed}
+             dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct
+             pmem-guest compare /tmp/x /dev/kmem1 {size}",
+            size = blocks * PAGE
+        ),
+        GUARD,
+    )
+    .map(drop)
+}
+
 /// In a zone for everybody the kernel's own objects keep some pages for good, and nothing else keeps any.
 #[test]
 fn a_disk_can_be_nearly_full_among_memory_of_the_kernel() -> Result<()> {
@@ -132,15 +146,7 @@ fn a_disk_can_be_nearly_full_among_memory_of_the_kernel() -> Result<()> {
         // Far more than a machine needs that does nothing else; watermarks of the zone would keep more.
         let most = BLOCKS - BLOCKS / 200;
         for seed in [1, 2] {
-            vm.sh_for(
-                &format!(
-                    "pmem-guest fill /tmp/x {size} {seed}
-                     dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct
-                     pmem-guest compare /tmp/x /dev/kmem1 {size}",
-                    size = most * PAGE
-                ),
-                GUARD,
-            )?;
+            fill(vm, most, seed)?;
         }
         vm.sh("blkdiscard /dev/kmem1")?;
         assert_eq!(ram(vm)?, BLOCKS);
@@ -156,15 +162,7 @@ fn a_disk_can_be_full() -> Result<()> {
         assert_eq!(ram(vm)?, BLOCKS);
         for (seed, state) in (1..).zip(["online", "online", "offline"]) {
             set_state(vm, state)?;
-            vm.sh_for(
-                &format!(
-                    "pmem-guest fill /tmp/x {size} {seed}
-                     dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct
-                     pmem-guest compare /tmp/x /dev/kmem1 {size}",
-                    size = BLOCKS * PAGE
-                ),
-                GUARD,
-            )?;
+            fill(vm, BLOCKS, seed)?;
             // What is left of the spare pages.
             ensure!(ram(vm)? <= SPARE, "there is room for more");
         }
