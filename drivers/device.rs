@@ -288,19 +288,17 @@ impl PmemDevice {
         Ok(())
     }
 
-    /// Overwrites what `bio` is about, durable, and makes good what is bad of it.
+    /// Overwrites `extent` by `write`, durable, and makes good what is bad of it.
     #[cold]
     #[inline(never)]
-    fn repair(&self, bio: &Bio) -> Result<(), Status> {
-        let extent = self.extent(bio)?;
-        self.media
-            .before_write(&self.mapping, extent, !bio.is_nowait())?;
-        let persist = self.persist.past_cache();
-        if bio.op() == bio::Op::WriteZeroes {
-            self.zero(bio, &persist)?;
-        } else {
-            self.write(bio, &persist)?;
-        }
+    fn repair(
+        &self,
+        extent: Extent,
+        may_sleep: bool,
+        write: impl FnOnce(&Persist) -> Result<(), Status>,
+    ) -> Result<(), Status> {
+        self.media.before_write(&self.mapping, extent, may_sleep)?;
+        write(&self.persist.past_cache())?;
         let cleared = self.media.after_write(&self.mapping, extent)?;
         self.counters.add_cleared(cleared);
         Ok(())
@@ -349,7 +347,13 @@ impl PmemDevice {
             }
             // A flush alone, which is done.
             bio::Op::Write if bio.size() == 0 => Ok(()),
-            bio::Op::Write | bio::Op::WriteZeroes if self.media.is_suspect() => self.repair(bio),
+            op @ (bio::Op::Write | bio::Op::WriteZeroes) if self.media.is_suspect() => {
+                let extent = self.extent(bio)?;
+                self.repair(extent, !bio.is_nowait(), |persist| match op {
+                    bio::Op::WriteZeroes => self.zero(bio, persist),
+                    _ => self.write(bio, persist),
+                })
+            }
             bio::Op::Write => self.write(bio, &self.persist),
             bio::Op::WriteZeroes => self.zero(bio, &self.persist),
             bio::Op::Flush => {
@@ -403,23 +407,17 @@ impl dax::Operations for PmemDevice {
     fn zero_page_range(&self, page: u64, count: u64) -> Result {
         let extent = self.pages(page, count)?;
         let memory = self.slice(extent).ok_or(ERANGE)?;
-        let suspect = self.media.is_suspect();
-        if suspect {
-            let ready = self.media.before_write(&self.mapping, extent, true);
-            ready.map_err(|_| EIO)?;
-        }
-        let persist = if suspect {
-            self.persist.past_cache()
-        } else {
-            self.persist
+        let zero = |persist: &Persist| {
+            persist.write_zeroes(memory);
+            persist.fence();
+            Ok(())
         };
-        persist.write_zeroes(memory);
-        persist.fence();
-        if suspect {
-            let cleared = self.media.after_write(&self.mapping, extent);
-            cleared.map_err(|_| EIO)?;
-        }
-        Ok(())
+        let done = if self.media.is_suspect() {
+            self.repair(extent, true, zero)
+        } else {
+            zero(&self.persist)
+        };
+        done.map_err(|_| EIO)
     }
 
     fn recovery_write(
@@ -440,7 +438,11 @@ impl dax::Operations for PmemDevice {
         let end = offset.saturating_add(len);
         let whole = (offset | len) % extent::PAGE_SIZE == 0;
         match self.pages(page, end.div_ceil(extent::PAGE_SIZE)) {
-            Ok(pages) => self.media.recover(&self.mapping, pages, whole, copy),
+            Ok(pages) => {
+                let (written, cleared) = self.media.recover(&self.mapping, pages, whole, copy);
+                self.counters.add_cleared(cleared);
+                written
+            }
             Err(_) => 0,
         }
     }
@@ -466,6 +468,7 @@ mod tests {
         reserve::Reserve,
         size, //
     };
+    use core::cell::Cell;
 
     string_params! {
         "pmem";
@@ -820,9 +823,15 @@ mod tests {
         assert_eq!(pages(2048, 100, true), Err(ERANGE));
 
         // Of a part of a page nothing is written, and what was not written stays bad.
-        let never = || -> usize { unreachable!("copied to a bad page") };
-        assert_eq!(device.recovery_write(5, 0, 512, never), 0);
-        assert_eq!(device.recovery_write(5, 8, 4096, never), 0);
+        let copies = Cell::new(0);
+        for (offset, len) in [(0, 512), (8, 4096)] {
+            let copy = || {
+                copies.set(copies.get() + 1);
+                len as usize
+            };
+            assert_eq!(device.recovery_write(5, offset, len, copy), 0);
+        }
+        assert_eq!(copies.get(), 0);
         assert_eq!(device.recovery_write(5, 0, 4096, || 4095), 4095);
         assert_eq!(pages(5, 10, false), Err(EHWPOISON));
         assert_eq!(device.recovery_write(5, 0, 4096, || 4096), 4096);

@@ -267,7 +267,7 @@ impl Media {
 
     /// Overwrites `pages`, which may be bad, by `copy`: all of them if it is to be `whole`. It returns
     /// how many bytes it has written from the first on, and made durable. Returns how many of these
-    /// can be read from now on.
+    /// can be read from now on, and how many bad sectors are good.
     ///
     /// If there are bad ones, a part of them is not written at all: some of them would stay bad.
     #[cold]
@@ -277,21 +277,21 @@ impl Media {
         pages: Extent,
         whole: bool,
         copy: impl FnOnce() -> usize,
-    ) -> usize {
+    ) -> (usize, u64) {
         let all = sectors(pages);
         if self.known(&all).is_none() && self.latent.first(&all).is_none() {
-            return copy();
+            return (copy(), 0);
         }
         if !whole || self.before_write(mapping, pages, true).is_err() {
-            return 0;
+            return (0, 0);
         }
         let written = copy();
         // A page that was written in part is as bad as before.
         let good = written as u64 / PAGE_SIZE * PAGE_SIZE;
         let good = Extent::from_sectors(all.start, good, pages.end());
         match good.map(|good| self.after_write(mapping, good)) {
-            Ok(Ok(_)) => written,
-            _ => 0,
+            Ok(Ok(cleared)) => (written, cleared),
+            _ => (0, 0),
         }
     }
 
