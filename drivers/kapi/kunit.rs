@@ -36,6 +36,13 @@ pub(crate) fn skip() {
     }
 }
 
+/// Waits until files that this kernel thread has closed are closed: those of a scan for partitions
+/// keep their disk open until then. A process does that on its return to user space.
+pub(crate) fn close_files() {
+    // SAFETY: May sleep here, and no lock is held that closing a file takes.
+    unsafe { bindings::flush_delayed_fput() };
+}
+
 /// A buffer that can be under I/O.
 pub(crate) type Buffer = KVec<u8>;
 

@@ -507,6 +507,7 @@ mod tests {
             range.store(STATE, "online")?;
             assert_eq!(ram(&range)?, shared);
 
+            kunit::close_files();
             range.store(STATE, "unplugged")?;
             range.store(STATE, "unplugged")?;
             assert!(shows(&range, STATE, "unplugged")?);
@@ -521,6 +522,7 @@ mod tests {
                 "blk"
             };
             assert!(shows(&range, FORMAT, name)?);
+            kunit::close_files();
             range.store(STATE, "unplugged")?;
         }
         Ok(())
