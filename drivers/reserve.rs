@@ -13,19 +13,14 @@ use crate::{
             Mapping,
             STRUCT_PAGE_SIZE, //
         },
-        mc,
+        mc::Checked,
         region::Region, //
     },
     pmem_core::{
-        kmem::{
-            Medium,
-            Unreadable, //
-        },
         memmap::StructPages,
         persist::{
             Cache,
-            Persist,
-            VolatileSlice, //
+            Persist, //
         },
         range::PhysRange,
         reserve::{
@@ -59,22 +54,6 @@ pub(crate) struct Place {
     cache: Cache,
     reserve: Option<Reserve>,
     step: Step,
-}
-
-/// The start of a range, as it is read before anybody changes it: bad memory is an error.
-struct Start<'a>(VolatileSlice<'a>);
-
-impl Medium for Start<'_> {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Unreadable> {
-        self.0
-            .range(offset, buf.len() as u64)
-            .and_then(|from| mc::read(from, buf).ok())
-            .ok_or(Unreadable { offset })
-    }
 }
 
 impl Place {
@@ -119,7 +98,7 @@ impl Place {
         let (reserve, step) = match struct_pages {
             StructPages::Ram => {
                 let mapping = start(HEADERS)?;
-                let medium = Start(mapping.slice(0, HEADERS).ok_or(EINVAL)?);
+                let medium = Checked(mapping.slice(0, HEADERS).ok_or(EINVAL)?);
                 match reserve::check_ram(&medium, force).map_err(refuse)? {
                     Some(erase) => (None, Step::Erase(erase)),
                     None => (None, Step::Nothing),
@@ -128,7 +107,7 @@ impl Place {
             StructPages::Dev => {
                 let size = Reserve::of(range.size()).map_err(refuse)?.size();
                 let mapping = start(size)?;
-                let medium = Start(mapping.slice(0, size).ok_or(EINVAL)?);
+                let medium = Checked(mapping.slice(0, size).ok_or(EINVAL)?);
                 let (reserve, write) =
                     reserve::check_dev(&medium, range.size(), STRUCT_PAGE_SIZE).map_err(refuse)?;
                 (Some(reserve), write.map_or(Step::Nothing, Step::Write))

@@ -20,6 +20,7 @@
 
 pub mod extent;
 pub mod kmem;
+pub mod medium;
 pub mod memmap;
 pub mod persist;
 pub mod range;

@@ -32,8 +32,10 @@
 //! is taken for blank, or a header.
 
 use super::{
-    kmem::{
-        superblock::crc32c,
+    medium::{
+        array,
+        crc32c,
+        put,
         Medium,
         Unreadable, //
     },
@@ -224,23 +226,6 @@ pub fn decode(bytes: &[u8; SIZE]) -> Result<Reserve, Fault> {
 /// The checksum of a header.
 fn checksum(bytes: &[u8; SIZE]) -> u32 {
     crc32c(bytes.get(..offset::CHECKSUM).unwrap_or_default())
-}
-
-/// Stores the bytes of a field.
-fn put(bytes: &mut [u8; SIZE], at: usize, value: &[u8]) {
-    for (to, &from) in bytes.iter_mut().skip(at).zip(value) {
-        *to = from;
-    }
-}
-
-/// The bytes of a field.
-fn array<const N: usize>(bytes: &[u8; SIZE], at: usize) -> [u8; N] {
-    // There are as many at each of the offsets above.
-    bytes
-        .get(at..)
-        .and_then(|bytes| bytes.first_chunk())
-        .copied()
-        .unwrap_or([0; N])
 }
 
 /// Why a copy of the header is not valid.

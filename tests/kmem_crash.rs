@@ -25,10 +25,12 @@ use pmem_core::{
             scan, //
         },
         Block,
-        Medium,
         Page,
-        Unreadable,
         PAGE_SIZE, //
+    },
+    medium::{
+        Medium,
+        Unreadable, //
     },
     persist::{
         model::{

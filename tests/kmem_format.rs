@@ -4,6 +4,9 @@
 //! is damaged is found, and a loss of power at any time leaves what was there or what is new. What
 //! goes wrong here loses somebody's disk.
 
+#[path = "support/watched.rs"]
+mod watched;
+
 use pmem_core::{
     kmem::{
         bitmap::Bitmap,
@@ -20,7 +23,6 @@ use pmem_core::{
         },
         superblock::{
             self,
-            crc32c,
             decode,
             format,
             probe,
@@ -36,23 +38,18 @@ use pmem_core::{
             Uuid, //
         },
         Block,
+        Page, //
+    },
+    medium::{
+        crc32c,
         Medium,
-        Page,
         Unreadable, //
     },
-    persist::{
-        model::Memory,
-        Machine,
-        Persist,
-        Source,
-        VolatileSlice,
-        Way, //
-    },
+    persist::{model::Memory, Persist},
 };
 use proptest::prelude::*;
 use std::{
     cell::{
-        Cell,
         RefCell, //
     },
     collections::{
@@ -63,6 +60,10 @@ use std::{
         atomic::AtomicU64,
         LazyLock, //
     },
+};
+use watched::{
+    each_power_loss,
+    Watched, //
 };
 
 const PAGE: usize = 4096;
@@ -415,96 +416,6 @@ fn messages_name_the_remedy() {
 
 // What a loss of power leaves.
 
-/// A memory that says when it is fenced, with all that a power loss could lose until then, or that
-/// is not fenced at all.
-#[derive(Clone, Copy)]
-struct Watched<'a> {
-    memory: &'a Memory,
-    before_fence: Option<&'a dyn Fn()>,
-}
-
-impl Machine for Watched<'_> {
-    const DURABLE: bool = true;
-
-    fn name(self, _way: Way) -> &'static str {
-        "watched"
-    }
-
-    unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store(dst, src, len) }
-    }
-
-    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store_granule(dst, value) }
-    }
-
-    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store_granules(dst, src, granules) }
-    }
-
-    unsafe fn stream_half(self, dst: *mut u8, src: Source) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.stream_half(dst, src) }
-    }
-
-    unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.stream(dst, src, granules) }
-    }
-
-    unsafe fn write_back(self, addr: *const u8) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.write_back(addr) }
-    }
-
-    fn fence(self) {
-        if let Some(before_fence) = self.before_fence {
-            before_fence();
-            self.memory.fence();
-        }
-    }
-}
-
-fn slice(memory: &Memory) -> VolatileSlice<'_> {
-    // SAFETY: These are its bytes. Nobody refers to them: they are written by the model alone.
-    unsafe { VolatileSlice::new(memory.addr(0), memory.len()) }
-}
-
-/// Runs `change` on a memory with this image, and `check`s what a power loss could leave at any
-/// time, each time up to `limit` images. Returns what is there in the end, and how many were seen.
-fn each_power_loss(
-    image: &[u8],
-    limit: usize,
-    change: impl Fn(&Persist<Watched<'_>>, VolatileSlice<'_>),
-    check: impl Fn(&[u8]),
-) -> (Vec<u8>, usize) {
-    let memory = Memory::boot(image);
-    let seen = Cell::new(0);
-    let look = || {
-        for image in memory.crash_images(limit, seen.get() as u64) {
-            check(&image);
-            seen.set(seen.get() + 1);
-        }
-    };
-
-    let machine = Watched {
-        memory: &memory,
-        before_fence: Some(&look),
-    };
-    change(&Persist::on(machine), slice(&memory));
-    look();
-    let left = memory.durable();
-    assert_eq!(
-        left,
-        memory.read(0, memory.len()),
-        "not all of it is durable"
-    );
-    (left, seen.get())
-}
-
 /// A range with a disk, on which some blocks have data.
 fn disk(pages: u64, random: &mut Random) -> Vec<u8> {
     let layout = Layout::blk(pages).unwrap();
@@ -631,7 +542,7 @@ fn a_format_without_fences_is_caught() {
         memory: &memory,
         before_fence: None,
     };
-    format(&Persist::on(machine), slice(&memory), &new).unwrap();
+    format(&Persist::on(machine), memory.slice(), &new).unwrap();
 
     assert!(memory
         .crash_images(1000, 0)
@@ -765,10 +676,10 @@ fn memory_that_is_too_short_is_not_touched() {
             needed: 72 * 4096,
         };
 
-        assert_eq!(format(&persist, slice(&memory), &superblock), Err(short));
+        assert_eq!(format(&persist, memory.slice(), &superblock), Err(short));
         for repair in [None, Some(Place::Primary), Some(Place::Second)] {
             assert_eq!(
-                update(&persist, slice(&memory), &superblock, repair),
+                update(&persist, memory.slice(), &superblock, repair),
                 Err(short)
             );
         }

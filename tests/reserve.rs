@@ -3,18 +3,18 @@
 //! The reserve of disks whose struct pages are on their own range: a range that was used in one way
 //! is not used in the other, whatever is damaged. What goes wrong here loses somebody's disk.
 
+#[path = "support/watched.rs"]
+mod watched;
+
 use pmem_core::{
-    kmem::{
+    medium::{
         Medium,
         Unreadable, //
     },
     persist::{
         model::Memory,
-        Machine,
         Persist,
-        Source,
-        VolatileSlice,
-        Way, //
+        VolatileSlice, //
     },
     reserve::{
         check_dev,
@@ -33,7 +33,7 @@ use pmem_core::{
     },
 };
 use proptest::prelude::*;
-use std::cell::Cell;
+use watched::Watched;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -282,88 +282,15 @@ fn what_cannot_be_read_is_not_guessed() {
     assert_eq!(bad(header(), &[700]).dev(), Ok((reserve(), None)));
 }
 
-/// A memory that says when it is fenced, with all that a power loss could lose until then, or that
-/// is not fenced at all.
-#[derive(Clone, Copy)]
-struct Watched<'a> {
-    memory: &'a Memory,
-    before_fence: Option<&'a dyn Fn()>,
-}
-
-impl Machine for Watched<'_> {
-    const DURABLE: bool = true;
-
-    fn name(self, _way: Way) -> &'static str {
-        "watched"
-    }
-
-    unsafe fn store(self, dst: *mut u8, src: Source, len: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store(dst, src, len) }
-    }
-
-    unsafe fn store_granule(self, dst: *mut u8, value: u64) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store_granule(dst, value) }
-    }
-
-    unsafe fn store_granules(self, dst: *mut u8, src: Source, granules: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.store_granules(dst, src, granules) }
-    }
-
-    unsafe fn stream_half(self, dst: *mut u8, src: Source) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.stream_half(dst, src) }
-    }
-
-    unsafe fn stream(self, dst: *mut u8, src: Source, granules: usize) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.stream(dst, src, granules) }
-    }
-
-    unsafe fn write_back(self, addr: *const u8) {
-        // SAFETY: By the safety contract of this function.
-        unsafe { self.memory.write_back(addr) }
-    }
-
-    fn fence(self) {
-        if let Some(before_fence) = self.before_fence {
-            before_fence();
-            self.memory.fence();
-        }
-    }
-}
-
-fn slice(memory: &Memory) -> VolatileSlice<'_> {
-    // SAFETY: These are its bytes. Nobody refers to them: they are written by the model alone.
-    unsafe { VolatileSlice::new(memory.addr(0), memory.len()) }
-}
-
-/// Runs `change` on a range with this start, and `check`s what a power loss could leave at any time.
-/// Returns what is there in the end, and how many were seen.
+/// As [`watched::each_power_loss`], on a range with this start.
 fn each_power_loss(
     start: &[u8],
     change: impl Fn(&Persist<Watched<'_>>, VolatileSlice<'_>),
     check: impl Fn(Range),
 ) -> (Range, usize) {
-    let memory = Memory::boot(start);
-    let seen = Cell::new(0);
-    let look = || {
-        for image in memory.crash_images(500, seen.get() as u64) {
-            check(Range::new(image));
-            seen.set(seen.get() + 1);
-        }
-    };
-    let machine = Watched {
-        memory: &memory,
-        before_fence: Some(&look),
-    };
-    change(&Persist::on(machine), slice(&memory));
-    look();
-    let left = memory.durable();
-    assert_eq!(left, memory.read(0, memory.len()), "not all is durable");
-    (Range::new(left), seen.get())
+    let check = |image: &[u8]| check(Range::new(image));
+    let (left, seen) = watched::each_power_loss(start, 500, change, check);
+    (Range::new(left), seen)
 }
 
 /// The next load makes a header of it, or has one; never is it somebody else's data.
@@ -433,7 +360,7 @@ fn a_write_without_fences_is_caught() {
     };
     assert!(write(
         &Persist::on(machine),
-        slice(&memory),
+        memory.slice(),
         &reserve(),
         Write::Header
     ));
@@ -449,7 +376,7 @@ fn a_medium_that_is_too_short_is_not_written() {
         memory: &memory,
         before_fence: None,
     });
-    let medium = slice(&memory);
+    let medium = memory.slice();
     assert!(!write(&persist, medium, &reserve(), Write::Header));
     assert!(!erase(&persist, medium));
     assert_eq!(memory.in_flight(), 0);
@@ -494,7 +421,7 @@ proptest! {
     fn arbitrary_fields_never_panic(fields in any::<[u8; SIZE - 12]>(), range in 3_u64..512) {
         let mut header = Reserve::of(range * 2 * MIB).unwrap().encode();
         header[8..SIZE - 4].copy_from_slice(&fields);
-        let sum = pmem_core::kmem::superblock::crc32c(&header[..SIZE - 4]);
+        let sum = pmem_core::medium::crc32c(&header[..SIZE - 4]);
         header[SIZE - 4..].copy_from_slice(&sum.to_le_bytes());
         let fault = decode(&header).unwrap_err();
         let mut start = header.to_vec();

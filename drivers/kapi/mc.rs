@@ -5,7 +5,13 @@
 //! C header: [`include/linux/uaccess.h`](srctree/include/linux/uaccess.h)
 
 use super::bindings;
-use crate::pmem_core::persist::VolatileSlice;
+use crate::pmem_core::{
+    medium::{
+        Medium,
+        Unreadable, //
+    },
+    persist::VolatileSlice, //
+};
 use kernel::prelude::*;
 
 /// Copies `from`, which may have bad memory in it, to `to`, which is at least as long.
@@ -50,6 +56,22 @@ pub(crate) fn read(from: VolatileSlice<'_>, buf: &mut [u8]) -> Result {
     // SAFETY: The bytes of `buf` are ours alone until the copy is done.
     let buf = unsafe { VolatileSlice::new(buf.as_mut_ptr(), buf.len()) };
     copy(buf, from)
+}
+
+/// Memory that is read before anybody changes it: what is bad of it is an error, not the end.
+pub(crate) struct Checked<'a>(pub(crate) VolatileSlice<'a>);
+
+impl Medium for Checked<'_> {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Unreadable> {
+        self.0
+            .range(offset, buf.len() as u64)
+            .and_then(|from| read(from, buf).ok())
+            .ok_or(Unreadable { offset })
+    }
 }
 
 /// Zeroes `to`, through the cache: it is memory that somebody reads next.

@@ -55,10 +55,12 @@ use crate::{
             scan,
             superblock,
             Block,
-            Medium,
-            Unreadable,
             ENTRY_SIZE,
             PAGE_SIZE, //
+        },
+        medium::{
+            Medium,
+            Unreadable, //
         },
         persist::{
             Persist,

@@ -51,9 +51,9 @@ use crate::{
             },
             scan,
             superblock,
-            Medium,
             Page, //
         },
+        medium::Medium,
         persist::{
             CpuFeatures,
             Persist, //

@@ -11,13 +11,15 @@ use super::{
 };
 use crate::{
     kapi::hotplug::Memory,
-    pmem_core::kmem::{
-        layout::{
-            self,
-            Layout, //
+    pmem_core::{
+        kmem::{
+            layout::{
+                self,
+                Layout, //
+            },
+            superblock, //
         },
-        superblock,
-        Medium, //
+        medium::Medium, //
     },
 };
 use kernel::{

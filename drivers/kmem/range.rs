@@ -26,7 +26,7 @@ use crate::{
             Memory,
             Window, //
         },
-        mc,
+        mc::Checked,
         numa::Node,
         random,
         region, //
@@ -43,9 +43,7 @@ use crate::{
                 Superblock,
                 Uuid, //
             },
-            Medium,
             Page,
-            Unreadable,
             PAGE_SIZE, //
         },
         persist::VolatileSlice,
@@ -140,22 +138,6 @@ fn check_node(node: Node) -> Result {
             );
             Err(EBUSY)
         }
-    }
-}
-
-/// The range as a format reads it: bad memory is an error, not the end.
-struct Checked<'a>(VolatileSlice<'a>);
-
-impl Medium for Checked<'_> {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Unreadable> {
-        self.0
-            .range(offset, buf.len() as u64)
-            .and_then(|from| mc::read(from, buf).ok())
-            .ok_or(Unreadable { offset })
     }
 }
 

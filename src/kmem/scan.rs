@@ -3,10 +3,10 @@
 //! The scan: reads the index of a range once, to know which pages have data.
 
 use super::{
+    super::medium::Medium,
     bitmap::Bitmap,
     layout::Layout,
     Block,
-    Medium,
     Page,
     ENTRIES_PER_PAGE,
     ENTRY_SIZE,
@@ -166,7 +166,7 @@ fn entries_of(piece: &[u8; PIECE]) -> impl Iterator<Item = u64> + '_ {
 #[cfg(any(test, CONFIG_KUNIT = "y"))]
 mod tests {
     use super::{
-        super::Unreadable,
+        super::super::medium::Unreadable,
         *, //
     };
     use core::sync::atomic::AtomicU64;

@@ -29,6 +29,13 @@
 
 use super::{
     super::{
+        medium::{
+            array,
+            crc32c,
+            put,
+            Medium,
+            Unreadable, //
+        },
         persist::{
             Machine,
             Persist,
@@ -41,9 +48,7 @@ use super::{
         self,
         Layout, //
     },
-    Medium,
     Page,
-    Unreadable,
     PAGE_SIZE, //
 };
 use core::fmt;
@@ -72,19 +77,6 @@ mod offset {
     pub(super) const GENERATION: usize = 72;
     pub(super) const ZERO: usize = 80;
     pub(super) const CHECKSUM: usize = 124;
-}
-
-/// The CRC32C (Castagnoli) of `bytes`.
-pub fn crc32c(bytes: &[u8]) -> u32 {
-    /// The polynomial, its lowest power in the highest bit.
-    const POLYNOMIAL: u32 = 0x82f6_3b78;
-
-    // A superblock is short, and is rarely read: bit by bit, without a table.
-    !bytes.iter().fold(!0, |crc, &byte| {
-        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg())
-        })
-    })
 }
 
 /// How the pages of a range are used.
@@ -306,23 +298,6 @@ pub fn decode(bytes: &[u8; SIZE]) -> Result<Superblock, Fault> {
 /// The checksum of a superblock.
 fn checksum(bytes: &[u8; SIZE]) -> u32 {
     crc32c(bytes.get(..offset::CHECKSUM).unwrap_or_default())
-}
-
-/// Stores the bytes of a field.
-fn put(bytes: &mut [u8; SIZE], at: usize, value: &[u8]) {
-    for (to, &from) in bytes.iter_mut().skip(at).zip(value) {
-        *to = from;
-    }
-}
-
-/// The bytes of a field.
-fn array<const N: usize>(bytes: &[u8; SIZE], at: usize) -> [u8; N] {
-    // There are as many at each of the offsets above.
-    bytes
-        .get(at..)
-        .and_then(|bytes| bytes.first_chunk())
-        .copied()
-        .unwrap_or([0; N])
 }
 
 /// Why a copy of the superblock is not valid.

@@ -25,9 +25,11 @@ use pmem_core::{
             hold_metadata,
             scan, //
         },
-        Medium,
-        Unreadable,
         PAGE_SIZE, //
+    },
+    medium::{
+        Medium,
+        Unreadable, //
     },
     size::Size,
 };

@@ -3,7 +3,7 @@
 //! A range in a file or a device.
 
 use anyhow::{ensure, Context, Result};
-use pmem_core::kmem::{Medium, Unreadable};
+use pmem_core::medium::{Medium, Unreadable};
 use pmem_core::size::Size;
 use std::cell::RefCell;
 use std::fs::File;

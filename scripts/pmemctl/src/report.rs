@@ -11,7 +11,8 @@ use pmem_core::kmem::scan::{self, Kind, Scan};
 use pmem_core::kmem::superblock::{
     self, Fault, Found, Place, ProbeError, Repair, State, Superblock,
 };
-use pmem_core::kmem::{Medium, Unreadable, PAGE_SIZE};
+use pmem_core::kmem::PAGE_SIZE;
+use pmem_core::medium::{Medium, Unreadable};
 use pmem_core::size::Size;
 use serde::{Serialize, Serializer};
 use std::fmt::Write;
