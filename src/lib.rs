@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod extent;
+pub mod flush;
 pub mod kmem;
 pub mod medium;
 pub mod memmap;
