@@ -116,6 +116,9 @@ unsigned int pmem_helper_disk_openers(struct gendisk *disk);
 /* mapping.rs */
 int pmem_helper_clear_mce_nospec(unsigned long pfn);
 void pmem_helper_clear_page_hwpoison(unsigned long pfn);
+unsigned long pmem_helper_next_dax_page(unsigned long start, unsigned long end,
+					struct inode **inode);
+void pmem_helper_break_dax_layout(struct inode *inode);
 #if IS_BUILTIN(CONFIG_KUNIT)
 bool pmem_helper_copy_survives_faults(void);
 int pmem_helper_set_mce_nospec(unsigned long pfn);

@@ -4,6 +4,7 @@
  */
 
 #include <linux/blkdev.h>
+#include <linux/dax.h>
 #include <linux/debugfs.h>
 #include <linux/device.h>
 #include <linux/gfp.h>
@@ -189,6 +190,46 @@ int pmem_helper_set_mce_nospec(unsigned long pfn)
 	return set_mce_nospec(pfn);
 }
 #endif
+
+/*
+ * The first page from start on that a file has in a DAX mapping, with a reference to the inode; NULL if
+ * that is going, or if more than one file has the page.
+ *
+ * Who frees an inode takes its pages away before, and RCU keeps it until there is our reference.
+ */
+unsigned long pmem_helper_next_dax_page(unsigned long start, unsigned long end,
+					struct inode **inode)
+{
+	unsigned long pfn;
+
+	*inode = NULL;
+	for (pfn = start; pfn < end; pfn++) {
+		struct page *page = pfn_to_page(pfn);
+		struct folio *folio = (struct folio *)page;
+		struct address_space *mapping;
+
+		if (!(pfn % pageblock_nr_pages))
+			cond_resched();
+		if (PageTail(page))
+			continue;
+		rcu_read_lock();
+		mapping = READ_ONCE(folio->mapping);
+		if (mapping)
+			*inode = igrab(mapping->host);
+		rcu_read_unlock();
+		if (mapping || READ_ONCE(folio->share))
+			break;
+	}
+	return pfn;
+}
+
+/* A fault of the file that has its page already has its place as well when the lock is ours. */
+void pmem_helper_break_dax_layout(struct inode *inode)
+{
+	filemap_invalidate_lock(inode->i_mapping);
+	dax_break_layout_final(inode);
+	filemap_invalidate_unlock(inode->i_mapping);
+}
 
 void pmem_helper_disk_lock_open(struct gendisk *disk)
 {

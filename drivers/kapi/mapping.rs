@@ -21,7 +21,10 @@ use crate::pmem_core::{
         VolatileSlice, //
     }, //
 };
-use core::ptr::NonNull;
+use core::ptr::{
+    null_mut,
+    NonNull, //
+};
 use kernel::{
     error::{
         from_err_ptr,
@@ -375,13 +378,63 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Takes the pages away from the files that have them in DAX mappings, and waits for who uses
+    /// them. Processes that have mapped such a file get SIGBUS from then on.
+    ///
+    /// The kernel itself does not wait for them when it unmaps the range, and of the file systems not
+    /// all take their pages back when their disk goes. None gets a page any more: the DAX device was
+    /// killed.
+    fn revoke(&self) {
+        const PAUSE_MS: u32 = 10;
+        const PATIENCE: u32 = 100;
+
+        let first = Pfn::containing(self.start).0;
+        // The mapping does not reach beyond the last address.
+        let end = self.start.wrapping_add(self.size).div_ceil(PAGE_SIZE);
+        let mut rounds: u32 = 0;
+        loop {
+            let mut used = false;
+            let mut next = first;
+            while next < end {
+                let mut inode = null_mut();
+                // SAFETY: All frames of the mapping have struct pages, as `Kind::Pages` says, and
+                // `inode` can be written.
+                let page = unsafe {
+                    bindings::pmem_helper_next_dax_page(next as c_ulong, end as c_ulong, &mut inode)
+                };
+                next = (page as u64).saturating_add(1);
+                used |= (page as u64) < end;
+                if !inode.is_null() {
+                    // SAFETY: There is a reference, which is given back.
+                    unsafe {
+                        bindings::pmem_helper_break_dax_layout(inode);
+                        bindings::iput(inode);
+                    }
+                }
+            }
+            if !used {
+                return;
+            }
+            rounds = rounds.saturating_add(1);
+            if rounds == PATIENCE {
+                pr_warn!("waiting for pages that several files share: unmount their file system\n");
+            }
+            // SAFETY: Sleeping is allowed here.
+            unsafe { bindings::msleep(PAUSE_MS) };
+        }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if matches!(self.kind, Kind::Pages(_)) {
+            self.revoke();
+        }
         let addr = self.addr.as_ptr().cast();
         // SAFETY: By the type invariant.
         unsafe {
             match &self.kind {
-                // Waits until nobody has a reference to one of the pages.
                 Kind::Pages(pgmap) => bindings::memunmap_pages(pgmap.map.get()),
                 Kind::Memory => bindings::memunmap(addr),
                 Kind::Io => bindings::iounmap(addr),
