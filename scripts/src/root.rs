@@ -68,6 +68,7 @@ const PACKAGES: &[&str] = &[
     "ndctl",
     "numactl",
     "qemu-system-x86",
+    "strace",
     "sysstat",
     "util-linux",
     "xfsprogs",

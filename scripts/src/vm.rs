@@ -7,8 +7,8 @@
 //! a power failure is the death of QEMU.
 //!
 //! ```text
-//! 0          ram            4 GiB                    4 GiB + upper
-//! | node 0: System RAM |  PCI  | node 1: memmap=upper$4G |
+//! 0          ram            4 GiB                    4 GiB + upper              the next multiple of 1 GiB
+//! | node 0: System RAM |  PCI  | node 1: memmap=upper$4G |                        | virtio-pmem devices |
 //! ```
 //!
 //! Its serial port is the console, kept in a file; over a port of its virtio console the agent is told what to do.
@@ -17,10 +17,13 @@ mod accel;
 mod channel;
 mod console;
 mod cpio;
+mod flushes;
 mod image;
 mod memory;
+mod virtio;
 
 pub use accel::Accelerator;
+pub use flushes::{Fault, Flush};
 pub use image::{Image, Module};
 pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
 pub use pmem_guest::{End, Ran};
@@ -32,6 +35,7 @@ use crate::root::Root;
 use crate::{cache, repo};
 use anyhow::{bail, ensure, Context, Error, Result};
 use channel::{Channel, Silence};
+use flushes::Faulty;
 use pmem_guest::{Bytes, Call, Reply, Request, Run, PORT};
 use std::fmt;
 use std::fs::{self, File};
@@ -40,6 +44,7 @@ use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use virtio::Monitor;
 
 /// Where the driver's module is in a guest that has one.
 pub const PMEM_KO: &str = "/pmem.ko";
@@ -115,6 +120,9 @@ pub struct Builder<'a> {
     ram: u64,
     upper: u64,
     persistent: Option<&'a Persistent>,
+    virtio: Vec<virtio::Device<'a>>,
+    traced: bool,
+    faulty: Option<Faulty>,
     ranges: Option<Vec<(Use, u64, u64)>>,
     cpus: u32,
     cmdline: Vec<String>,
@@ -137,6 +145,9 @@ impl<'a> Builder<'a> {
             ram: GIB,
             upper: GIB,
             persistent: None,
+            virtio: Vec::new(),
+            traced: false,
+            faulty: None,
             ranges: None,
             cpus: 2,
             cmdline: Vec::new(),
@@ -171,6 +182,50 @@ impl<'a> Builder<'a> {
     pub fn persistent(mut self, memory: &'a Persistent) -> Self {
         self.upper = memory.size();
         self.persistent = Some(memory);
+        self
+    }
+
+    /// Adds a virtio-pmem device with this memory. May be given again: they are numbered from 0 on.
+    pub fn virtio_pmem(self, memory: &'a Persistent) -> Self {
+        self.virtio_device(memory, None, true)
+    }
+
+    /// As [`Builder::virtio_pmem`], with its memory at `address`, which must be one that QEMU has for such devices: it
+    /// gives the first of them the first multiple of 1 GiB after all other memory.
+    pub fn virtio_pmem_at(self, memory: &'a Persistent, address: u64) -> Self {
+        self.virtio_device(memory, Some(address), true)
+    }
+
+    /// As [`Builder::virtio_pmem`], but it is not there until [`Vm::plug`].
+    pub fn virtio_pmem_later(self, memory: &'a Persistent) -> Self {
+        self.virtio_device(memory, None, false)
+    }
+
+    fn virtio_device(
+        mut self,
+        memory: &'a Persistent,
+        address: Option<u64>,
+        plugged: bool,
+    ) -> Self {
+        self.virtio.push(virtio::Device {
+            memory,
+            address,
+            plugged,
+        });
+        self
+    }
+
+    /// Keeps the times of the host's flushes of virtio-pmem devices, for [`Vm::flushes`].
+    pub fn watch_flushes(mut self) -> Self {
+        self.traced = true;
+        self
+    }
+
+    /// Has flushes of virtio-pmem devices fail or take long: the `first` one of all since the start, which is 1, to the
+    /// `last` one, or for ever. Flushes are then done one after the other, also those of different devices.
+    pub fn flush_fault(mut self, fault: Fault, first: u64, last: Option<u64>) -> Self {
+        self.traced = true;
+        self.faulty = Some(Faulty { fault, first, last });
         self
     }
 
@@ -286,7 +341,14 @@ impl<'a> Builder<'a> {
         );
         push("-machine", format!("q35,max-ram-below-4g={ram}"));
         push("-smp", self.cpus.to_string());
-        push("-m", format!("{}M", (ram + upper) / MIB));
+        let size = (ram + upper) / MIB;
+        push(
+            "-m",
+            match virtio::room(&self.virtio) {
+                0 => format!("{size}M"),
+                room => format!("{size}M,slots=1,maxmem={}M", size + room / MIB),
+            },
+        );
         push("-object", format!("memory-backend-ram,id=ram,size={ram}"));
         push(
             "-numa",
@@ -311,6 +373,10 @@ impl<'a> Builder<'a> {
         push("-kernel", image.display().to_string());
         push("-initrd", dir.join("initrd").display().to_string());
         push("-append", self.command_line());
+        args.extend(virtio::arguments(&self.virtio));
+        if self.faulty.is_some() {
+            args.extend(flushes::ONE_THREAD.map(str::to_owned));
+        }
         args.extend(self.devices.iter().cloned());
         args
     }
@@ -367,6 +433,7 @@ impl<'a> Builder<'a> {
             image.write(&initrd, &early, &modules, &files)?;
         }
 
+        let path = dir.path().to_owned();
         let started = Instant::now();
         let mut enter = self
             .root
@@ -376,7 +443,20 @@ impl<'a> Builder<'a> {
         if let Some(memory) = self.persistent {
             enter = enter.bind(memory.dir(), memory.dir());
         }
-        let mut qemu = enter.command("qemu-system-x86_64");
+        for device in &self.virtio {
+            enter = enter.bind(device.memory.dir(), device.memory.dir());
+        }
+        const QEMU: &str = "qemu-system-x86_64";
+        let mut qemu = if self.traced {
+            let files: Vec<PathBuf> = self.virtio.iter().map(|d| d.memory.path()).collect();
+            let mut strace = enter.command("strace");
+            strace
+                .args(flushes::arguments(self.faulty, &files))
+                .arg(QEMU);
+            strace
+        } else {
+            enter.command(QEMU)
+        };
         qemu.args(accelerator.arguments())
             .args(self.arguments(dir.path(), bzimage))
             .stdin(Stdio::piped())
@@ -395,11 +475,18 @@ impl<'a> Builder<'a> {
             kernel: String::new(),
             qemu: child,
             channel: Mutex::new(Some(Channel::new(to, from))),
+            monitor: Mutex::default(),
             dir: Some(dir),
             kept: None,
             modules: modules.iter().map(Module::path).collect(),
         };
-        vm.booted(started, self.boot_timeout)
+        let vm = vm.booted(started, self.boot_timeout)?;
+        if !self.virtio.is_empty() {
+            // At once: QEMU tells no news to who comes late.
+            let monitor = Monitor::connect(&path)?;
+            *vm.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(monitor);
+        }
+        Ok(vm)
     }
 }
 
@@ -418,6 +505,8 @@ pub struct Vm {
     qemu: Child,
     /// `None` once it has become a terminal.
     channel: Mutex<Option<Channel>>,
+    /// `None` without virtio-pmem devices.
+    monitor: Mutex<Option<Monitor>>,
     dir: Option<TempDir>,
     kept: Option<PathBuf>,
     /// Paths of what is loaded at boot.
@@ -655,6 +744,31 @@ impl Vm {
             name: name.to_owned(),
         };
         Ok(self.ask(request, COMMAND)?.map(drop))
+    }
+
+    fn monitor<T>(&self, ask: impl FnOnce(&mut Monitor) -> Result<T>) -> Result<T> {
+        let mut monitor = self.monitor.lock().unwrap_or_else(PoisonError::into_inner);
+        let monitor = monitor
+            .as_mut()
+            .context("the machine has no virtio-pmem devices")?;
+        ask(monitor).with_context(|| self.name.clone())
+    }
+
+    /// Plugs virtio-pmem device number `n` in, which the guest notices by and by.
+    pub fn plug(&self, n: usize) -> Result<()> {
+        self.monitor(|monitor| monitor.plug(n))
+    }
+
+    /// Has the guest switch off the slot of virtio-pmem device number `n`, which may take until `timeout`, and waits
+    /// until the device has gone. QEMU does not offer to begin this: its `device_del` knows no such devices.
+    pub fn unplug(&self, n: usize, timeout: Duration) -> Result<()> {
+        self.sh_for(&virtio::switch_off(n), timeout)?;
+        self.monitor(|monitor| monitor.wait_until_gone(n, SLACK))
+    }
+
+    /// The host's flushes of virtio-pmem devices so far, see [`Builder::watch_flushes`].
+    pub fn flushes(&self) -> Result<Vec<Flush>> {
+        flushes::parse(&self.file(flushes::LOG)).with_context(|| self.name.clone())
     }
 
     /// Cuts the power: what the guest had not made durable is lost.
