@@ -7,15 +7,23 @@
 //! writes its lines back without a fence, and counts on the flush bio that follows. The block
 //! layer drops that bio if there is no write cache. So PREFLUSH is a fence, and FUA adds nothing.
 //!
+//! Where the range is a host's memory that only the host makes durable, it is asked to: before the
+//! data of a bio with PREFLUSH is touched, and after that of one with FUA is written. Nothing that a
+//! process can do in the range is durable without, so that the DAX device has no MAP_SYNC, and the
+//! CPU's cache, from which the host reads like any other CPU, needs not be written back.
+//!
 //! A range that is not mapped write-back has no struct pages and no DAX, and then there is no write
 //! cache: a write is durable when it completes, and that is all there is to it.
 
 mod attributes;
 mod counters;
+mod flush;
 
+pub(crate) use self::flush::Host;
 use self::{
     attributes::Attributes,
-    counters::Counters, //
+    counters::Counters,
+    flush::Flushes, //
 };
 use crate::{
     kapi::{
@@ -61,11 +69,14 @@ use crate::{
 };
 use kernel::{
     fmt,
+    impl_has_work,
     macros::kunit_tests,
+    new_work,
     page,
     prelude::*,
     str::CString,
-    sync::Arc, //
+    sync::Arc,
+    workqueue::Work, //
 };
 
 const _: () = assert!(extent::PAGE_SIZE == page::PAGE_SIZE as u64);
@@ -89,6 +100,7 @@ pub(crate) struct Options {
 pub(crate) type Directory = debugfs::Files<PmemDevice, LocalModule>;
 
 /// One mapped range of persistent memory.
+#[pin_data]
 pub(crate) struct PmemDevice {
     mapping: Mapping,
     persist: Persist,
@@ -99,10 +111,20 @@ pub(crate) struct PmemDevice {
     provider: &'static str,
     counters: Counters,
     media: Arc<Media>,
+    /// The flushes that the host is asked for; none where a fence makes writes durable.
+    flushes: Option<Pin<KBox<Flushes>>>,
+    /// Goes on with bios that have waited for a flush.
+    #[pin]
+    work: Work<PmemDevice>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for PmemDevice { self.work }
 }
 
 impl PmemDevice {
-    /// Maps the range of `place`, and makes it a disk called `name`.
+    /// Maps the range of `place`, and makes it a disk called `name`. With `host`, that is who makes
+    /// writes durable.
     ///
     /// # Errors
     ///
@@ -113,6 +135,7 @@ impl PmemDevice {
         place: Place,
         persist: Persist,
         options: Options,
+        host: Option<Arc<dyn Host>>,
     ) -> Result<Prepared<Self>> {
         place.settle(name, &persist)?;
         let (region, range, altmap) = (place.region(), place.range(), place.altmap());
@@ -144,38 +167,53 @@ impl PmemDevice {
             node,
             cache: cache.name(),
             copy: persist.name(),
-            is_durable: persist.is_durable(),
+            durability: match &host {
+                Some(_) => "durable after a flush",
+                None if persist.is_durable() => "durable at completion",
+                None => "not durable",
+            },
             provider,
             memmap: struct_pages.map_or("none", StructPages::name),
         };
-        let device = Arc::new(
-            PmemDevice {
+        let flushes = host.map(Flushes::new).transpose()?;
+        let synchronous = flushes.is_none();
+        let counters = Counters::new()?;
+        let holder = media.holder();
+        let device = Arc::pin_init(
+            pin_init!(PmemDevice {
                 mapping,
                 persist,
                 node,
                 cache,
                 struct_pages,
                 provider,
-                counters: Counters::new()?,
-                media: media.clone(),
-            },
+                counters,
+                media,
+                flushes,
+                work <- new_work!("pmem_flush"),
+            }),
             GFP_KERNEL,
         )?;
         let mut limits = Limits {
             logical_block_size,
             physical_block_size: page::PAGE_SIZE as u32,
             max_write_zeroes_sectors: Sector::containing(MAX_WRITE_ZEROES).0 as u32,
-            features: Features::SYNCHRONOUS | Features::NOWAIT,
+            features: Features::NOWAIT,
             ..Limits::default()
         };
+        if synchronous {
+            limits.features = limits.features | Features::SYNCHRONOUS;
+        } else {
+            limits.features = limits.features | Features::WRITE_CACHE | Features::FUA;
+        }
         let dax = if cache == Cache::WriteBack {
             limits.features =
                 limits.features | Features::WRITE_CACHE | Features::FUA | Features::DAX;
             let options = dax::Options {
-                write_cache: true,
-                synchronous: true,
+                write_cache: synchronous,
+                synchronous,
             };
-            Some(dax::Device::new(device.clone(), options, media.holder())?)
+            Some(dax::Device::new(device.clone(), options, holder)?)
         } else {
             None
         };
@@ -201,10 +239,10 @@ impl PmemDevice {
                 Cache::WriteCombining => "write-combining without DAX",
                 Cache::Uncached => "uncached without DAX",
             },
-            if device.persist.is_durable() {
-                "durable"
-            } else {
-                "not durable"
+            match &device.flushes {
+                Some(_) => "durable after a flush",
+                None if device.persist.is_durable() => "durable",
+                None => "not durable",
             },
             device.persist.name()
         );
@@ -325,6 +363,16 @@ impl PmemDevice {
     }
 
     #[inline]
+    fn account_and_serve(&self, bio: &Bio) -> Result<(), Status> {
+        let accounting = bio.start_accounting();
+        let result = self.serve(bio);
+        if let Some(accounting) = accounting {
+            bio.end_accounting(accounting);
+        }
+        result
+    }
+
+    #[inline]
     fn serve(&self, bio: &Bio) -> Result<(), Status> {
         if bio.is_preflush() {
             self.persist.fence();
@@ -356,12 +404,12 @@ impl PmemDevice {
             }
             bio::Op::Write => self.write(bio, &self.persist),
             bio::Op::WriteZeroes => self.zero(bio, &self.persist),
-            bio::Op::Flush => {
+            bio::Op::Flush if self.flushes.is_none() => {
                 self.persist.fence();
                 self.counters.count_flush();
                 Ok(())
             }
-            bio::Op::Discard | bio::Op::Other(_) => Err(Status::NOTSUPP),
+            bio::Op::Flush | bio::Op::Discard | bio::Op::Other(_) => Err(Status::NOTSUPP),
         }
     }
 }
@@ -371,14 +419,17 @@ impl disk::Operations for PmemDevice {
 
     #[inline]
     fn submit_bio(&self, bio: Bio) {
-        let accounting = bio.start_accounting();
-        let status = match self.serve(&bio) {
-            Ok(()) => Status::OK,
-            Err(status) => status,
-        };
-        if let Some(accounting) = accounting {
-            bio.end_accounting(accounting);
+        if let Some(flushes) = &self.flushes {
+            if bio.is_preflush() {
+                self.counters.count_flush();
+                return flushes.arrive(bio, true);
+            }
         }
+        let status = match (self.account_and_serve(&bio), &self.flushes) {
+            (Ok(()), Some(flushes)) if bio.is_fua() => return flushes.arrive(bio, true),
+            (Ok(()), _) => Status::OK,
+            (Err(status), _) => status,
+        };
         bio.end(status);
     }
 
@@ -514,6 +565,7 @@ mod tests {
                 cache: Cache::WriteBack,
                 provider: "kunit",
             },
+            None,
         )?
         .add()
         .map(Some)

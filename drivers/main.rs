@@ -28,23 +28,27 @@ module! {
 }
 
 struct Pmem {
+    _devices: provider::Devices,
     _disks: provider::Disks,
     _kmem: kmem::Kmem,
 }
 
 impl kernel::Module for Pmem {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
+    fn init(module: &'static ThisModule) -> Result<Self> {
         let disks = provider::prepare()?;
         let kmem = kmem::prepare()?;
+        let has_kmem = !kmem.is_empty();
         // Who loads the module wants something of it; who has it built in may not.
-        if cfg!(MODULE) && disks.is_empty() && kmem.is_empty() {
+        if cfg!(MODULE) && disks.is_empty() && !has_kmem {
             return Err(disks.explain_empty());
         }
 
         // With the first disk or memory that is added it is too late to fail.
-        let disks = disks.add()?;
+        let (disks, later) = disks.add()?;
         let kmem = kmem.online(!disks.is_empty())?;
+        let devices = later.begin(module, !disks.is_empty() || has_kmem)?;
         Ok(Pmem {
+            _devices: devices,
             _disks: disks,
             _kmem: kmem,
         })

@@ -13,6 +13,7 @@
 //! | `pmem_memmap_force` | (one for all) whether ram may destroy a header | 0 |
 //! | `pmem_copy`  | (one for all) auto, nt or wb        | auto    |
 //! | `pmem_e820`  | (one for all) whether ranges of the firmware are used, too | 0 |
+//! | `pmem_virtio` | (one for all) whether virtio-pmem devices are used, too | 1 |
 //! | `pmem_first` | (one for all) number of first disk  | 0       |
 //!
 //! Where there may be one element for each range, a single one counts for each, but for `pmem_start`
@@ -64,7 +65,7 @@ pub struct Mode {
     pub struct_pages: StructPages,
 }
 
-/// The values of the parameters; by default no range.
+/// The values of the parameters; by default no range, and no virtio-pmem devices.
 #[derive(Clone, Copy, Debug)]
 pub struct Params<'a> {
     /// `pmem_start`.
@@ -87,6 +88,8 @@ pub struct Params<'a> {
     pub copy: &'a str,
     /// `pmem_e820`.
     pub e820: &'a str,
+    /// `pmem_virtio`.
+    pub virtio: &'a str,
 }
 
 impl Default for Params<'_> {
@@ -102,6 +105,7 @@ impl Default for Params<'_> {
             memmap_force: "0",
             copy: CopyPolicy::Auto.name(),
             e820: "0",
+            virtio: "0",
         }
     }
 }
@@ -251,6 +255,7 @@ pub struct Config<'a> {
     copy: CopyPolicy,
     memmap_force: bool,
     e820: bool,
+    virtio: bool,
 }
 
 impl<'a> Config<'a> {
@@ -289,7 +294,13 @@ impl<'a> Config<'a> {
             "1 or 0",
             [("1", true), ("0", false)],
         )?;
-        if is_nothing(&params) && !e820 {
+        let virtio = word(
+            "pmem_virtio",
+            params.virtio,
+            "1 or 0",
+            [("1", true), ("0", false)],
+        )?;
+        if is_nothing(&params) && !e820 && !virtio {
             return Err(Error::NoRange);
         }
 
@@ -356,13 +367,14 @@ impl<'a> Config<'a> {
             copy,
             memmap_force,
             e820,
+            virtio,
         };
-        let e820_mode = e820.then(|| config.e820_mode());
+        let found = (e820 || virtio).then(|| config.found_mode());
         if memmap_force
             && config
                 .ranges()
                 .map(|(.., mode)| mode)
-                .chain(e820_mode)
+                .chain(found)
                 .all(|mode| mode.struct_pages == StructPages::Dev)
         {
             return Err(Error::Force);
@@ -378,13 +390,23 @@ impl<'a> Config<'a> {
         parse(self.params).flatten()
     }
 
+    /// Whether ranges are asked for that are there already.
+    pub fn asks(&self) -> bool {
+        self.e820 || !is_nothing(&self.params)
+    }
+
     /// Whether ranges of the firmware are used, too.
     pub fn e820(&self) -> bool {
         self.e820
     }
 
-    /// How ranges of the firmware are to be served: as all others are, if that is one way.
-    pub fn e820_mode(&self) -> Mode {
+    /// Whether virtio-pmem devices are used, too.
+    pub fn virtio(&self) -> bool {
+        self.virtio
+    }
+
+    /// How ranges are to be served that no parameter names: as all others are, if that is one way.
+    pub fn found_mode(&self) -> Mode {
         let only = |list: &'a str| Some(list).filter(|list| size::list(list).count() == 1);
         let mode = mode(
             only(self.params.cache).unwrap_or_default(),
@@ -531,6 +553,7 @@ mod tests {
         memmap_force: "0",
         copy: "auto",
         e820: "0",
+        virtio: "0",
     };
 
     fn disks(params: Params<'_>) -> Option<u64> {
@@ -710,7 +733,7 @@ mod tests {
         });
         assert!(config.is_ok_and(|config| config.e820()
             && config.ranges().count() == 0
-            && config.e820_mode().cache == Cache::WriteCombining));
+            && config.found_mode().cache == Cache::WriteCombining));
         assert!(Config::new(Params { e820: "2", ..e820 }).is_err());
         assert!(Config::new(Params { e820: "0", ..e820 }).is_err());
         assert!(Config::new(Params {

@@ -56,6 +56,7 @@ fn params(words: &[String]) -> Params<'_> {
             "pmem_memmap_force" => &mut params.memmap_force,
             "pmem_copy" => &mut params.copy,
             "pmem_e820" => &mut params.e820,
+            "pmem_virtio" => &mut params.virtio,
             _ => panic!("no parameter {name}"),
         } = value;
     }
@@ -251,7 +252,14 @@ fn asked_for(config: &Config<'_>) -> String {
     });
     let mut text = ranges.collect::<Vec<_>>().join(" ");
     let others = [
-        (config.e820(), format!("e820{}", served(config.e820_mode()))),
+        (
+            config.e820(),
+            format!("e820{}", served(config.found_mode())),
+        ),
+        (
+            config.virtio(),
+            format!("virtio{}", served(config.found_mode())),
+        ),
         (config.first() != 0, format!("first={}", config.first())),
         (
             config.logical_block_size() != 512,

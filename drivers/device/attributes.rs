@@ -25,8 +25,8 @@ pub(super) struct Attributes {
     pub(super) cache: &'static str,
     /// The instructions that make what is written durable.
     pub(super) copy: &'static str,
-    /// Whether a write that was completed is durable.
-    pub(super) is_durable: bool,
+    /// When a write is durable.
+    pub(super) durability: &'static str,
     pub(super) provider: &'static str,
     /// Where the struct pages are.
     pub(super) memmap: &'static str,
@@ -51,8 +51,7 @@ impl attribute::Attributes for Attributes {
             2 => CString::try_from_fmt(fmt!("{}", self.node.id())),
             3 => CString::try_from_fmt(fmt!("{}", self.cache)),
             4 => CString::try_from_fmt(fmt!("{}", self.copy)),
-            5 if self.is_durable => CString::try_from_fmt(fmt!("durable at completion")),
-            5 => CString::try_from_fmt(fmt!("not durable")),
+            5 => CString::try_from_fmt(fmt!("{}", self.durability)),
             6 => CString::try_from_fmt(fmt!("{}", self.provider)),
             7 => CString::try_from_fmt(fmt!("{}", self.memmap)),
             _ => Err(ENODEV),

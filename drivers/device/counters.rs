@@ -22,8 +22,11 @@ const WRITE_ZEROES: usize = 5;
 const MEDIA_ERRORS: usize = 6;
 const CLEARED: usize = 7;
 
+/// How often the host was asked.
+const HOST_FLUSHES: usize = 8;
+
 /// The file by which root makes sectors bad.
-const INJECT_ERROR: usize = 8;
+const INJECT_ERROR: usize = 9;
 
 /// Counts what is begun, on each CPU for itself. All of a CPU's counters are in one cache line.
 ///
@@ -87,6 +90,7 @@ impl attribute::Attributes for PmemDevice {
         (c"write_zeroes", false),
         (c"media_errors", false),
         (c"cleared", false),
+        (c"host_flushes", false),
         (c"inject_error", true),
     ];
 
@@ -101,6 +105,7 @@ impl attribute::Attributes for PmemDevice {
             WRITE_ZEROES => counters.sum::<WRITE_ZEROES>(),
             MEDIA_ERRORS => counters.sum::<MEDIA_ERRORS>(),
             CLEARED => counters.sum::<CLEARED>(),
+            HOST_FLUSHES => self.flushes.as_ref().map_or(0, |flushes| flushes.sent()),
             INJECT_ERROR => return self.media.latent(),
             _ => return Err(ENODEV),
         };

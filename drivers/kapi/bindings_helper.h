@@ -14,6 +14,8 @@
 #include <linux/kernfs.h>
 #include <linux/memory.h>
 #include <linux/memory-tiers.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
 #ifdef PMEM_DAX_BUS
 #include <dax-private.h>
 #include <bus.h>
@@ -67,9 +69,7 @@ PMEM_CONST(blk_opf_t, REQ_OP_MASK);
 PMEM_CONST(blk_opf_t, REQ_PREFLUSH);
 PMEM_CONST(blk_opf_t, REQ_NOWAIT);
 PMEM_CONST(blk_opf_t, REQ_NOUNMAP);
-#if IS_BUILTIN(CONFIG_KUNIT)
 PMEM_CONST(blk_opf_t, REQ_FUA);
-#endif
 
 bool pmem_helper_cpu_has_clwb(void);
 bool pmem_helper_cpu_has_clflushopt(void);
@@ -122,6 +122,25 @@ void pmem_helper_break_dax_layout(struct inode *inode);
 #if IS_BUILTIN(CONFIG_KUNIT)
 bool pmem_helper_copy_survives_faults(void);
 int pmem_helper_set_mce_nospec(unsigned long pfn);
+#endif
+
+#ifdef CONFIG_VIRTIO
+/* virtio.rs */
+const char *pmem_helper_virtio_name(struct virtio_device *vdev);
+struct virtio_driver *pmem_helper_virtio_driver(struct virtio_device *vdev);
+void **pmem_helper_virtio_priv(struct virtio_device *vdev);
+bool pmem_helper_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
+void pmem_helper_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit);
+int pmem_helper_virtio_cread_le64(struct virtio_device *vdev, unsigned int offset, u64 *value);
+bool pmem_helper_virtio_shm_region(struct virtio_device *vdev, struct virtio_shm_region *region,
+				   u8 id);
+bool pmem_helper_virtio_needs_reset(struct virtio_device *vdev);
+void pmem_helper_virtio_ready(struct virtio_device *vdev);
+struct virtqueue *pmem_helper_virtio_find_vq(struct virtio_device *vdev, vq_callback_t *callback,
+					     const char *name);
+void pmem_helper_virtio_del_vqs(struct virtio_device *vdev);
+int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_len, void *in,
+			      unsigned int in_len, void *token);
 #endif
 
 /* hotplug.rs */

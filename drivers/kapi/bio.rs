@@ -12,7 +12,10 @@ use crate::pmem_core::{
 use core::{
     marker::PhantomData,
     mem::ManuallyDrop,
-    ptr::NonNull, //
+    ptr::{
+        null_mut,
+        NonNull, //
+    }, //
 };
 use kernel::ffi::c_ulong;
 
@@ -104,6 +107,19 @@ impl Bio {
         self.raw().bi_opf & bindings::PMEM_CONST_REQ_PREFLUSH != 0
     }
 
+    /// Whether the bio is to be durable when it is completed.
+    #[inline]
+    pub(crate) fn is_fua(&self) -> bool {
+        self.raw().bi_opf & bindings::PMEM_CONST_REQ_FUA != 0
+    }
+
+    /// What [`is_preflush`](Self::is_preflush) asks for is done.
+    #[inline]
+    pub(crate) fn clear_preflush(&mut self) {
+        // SAFETY: By the type invariant the bio is ours, and `self` is borrowed alone.
+        unsafe { self.0.as_mut().bi_opf &= !bindings::PMEM_CONST_REQ_PREFLUSH };
+    }
+
     /// Whether the bio must not sleep.
     #[inline]
     pub(crate) fn is_nowait(&self) -> bool {
@@ -186,6 +202,76 @@ impl Drop for Bio {
             self.0.as_mut().bi_status = Status::IOERR.0;
             bindings::bio_endio(self.0.as_ptr());
         }
+    }
+}
+
+/// Bios in the order in which they were added, in a list that takes no memory of its own.
+///
+/// # Invariants
+///
+/// `ends` are the first and the last of bios that are linked by `bi_next`, the last one's being null.
+/// The list has what a [`Bio`] has of each.
+#[derive(Default)]
+pub(crate) struct List {
+    ends: Option<(NonNull<bindings::bio>, NonNull<bindings::bio>)>,
+}
+
+// SAFETY: As for `Bio`.
+unsafe impl Send for List {}
+
+impl List {
+    /// Whether there is none.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ends.is_none()
+    }
+
+    /// Takes the first one.
+    pub(crate) fn pop(&mut self) -> Option<Bio> {
+        let (mut first, last) = self.ends?;
+        // SAFETY: By the type invariants it is a bio of ours.
+        let next = unsafe { core::mem::replace(&mut first.as_mut().bi_next, null_mut()) };
+        // INVARIANT: The others stay linked.
+        self.ends = NonNull::new(next).map(|next| (next, last));
+        // INVARIANT: By the type invariants.
+        Some(Bio(first))
+    }
+
+    /// Adds those of `later` at the end.
+    pub(crate) fn append(&mut self, later: Self) {
+        // INVARIANT: Its bios are in this list from now on.
+        let later = ManuallyDrop::new(later);
+        let Some((first, last)) = later.ends else {
+            return;
+        };
+        // INVARIANT: The last one of these is followed by the first one of those.
+        self.ends = match self.ends {
+            None => Some((first, last)),
+            Some((head, mut tail)) => {
+                // SAFETY: By the type invariants it is a bio of ours.
+                unsafe { tail.as_mut().bi_next = first.as_ptr() };
+                Some((head, last))
+            }
+        };
+    }
+}
+
+impl From<Bio> for List {
+    fn from(bio: Bio) -> Self {
+        let mut bio = ManuallyDrop::new(bio).0;
+        // SAFETY: By the type invariant of `Bio` it is ours. To link it is the driver's, until it is
+        // completed.
+        unsafe { bio.as_mut().bi_next = null_mut() };
+        // INVARIANT: It is linked to no other, and `bio` is gone.
+        List {
+            ends: Some((bio, bio)),
+        }
+    }
+}
+
+impl Drop for List {
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
     }
 }
 

@@ -19,10 +19,13 @@
 #include <linux/percpu.h>
 #include <linux/platform_device.h>
 #include <linux/sched.h>
+#include <linux/scatterlist.h>
 #include <linux/set_memory.h>
 #include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/sysfs.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
 
 #include "bindings_helper.h"
 
@@ -230,6 +233,81 @@ void pmem_helper_break_dax_layout(struct inode *inode)
 	dax_break_layout_final(inode);
 	filemap_invalidate_unlock(inode->i_mapping);
 }
+
+#ifdef CONFIG_VIRTIO
+const char *pmem_helper_virtio_name(struct virtio_device *vdev)
+{
+	return dev_name(&vdev->dev);
+}
+
+struct virtio_driver *pmem_helper_virtio_driver(struct virtio_device *vdev)
+{
+	return drv_to_virtio(vdev->dev.driver);
+}
+
+void **pmem_helper_virtio_priv(struct virtio_device *vdev)
+{
+	return &vdev->priv;
+}
+
+bool pmem_helper_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit)
+{
+	return __virtio_test_bit(vdev, bit);
+}
+
+void pmem_helper_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit)
+{
+	__virtio_clear_bit(vdev, bit);
+}
+
+int pmem_helper_virtio_cread_le64(struct virtio_device *vdev, unsigned int offset, u64 *value)
+{
+	__le64 raw;
+
+	if (!vdev->config->get)
+		return -ENODEV;
+	__virtio_cread_many(vdev, offset, &raw, 1, sizeof(raw));
+	*value = le64_to_cpu(raw);
+	return 0;
+}
+
+bool pmem_helper_virtio_shm_region(struct virtio_device *vdev, struct virtio_shm_region *region,
+				   u8 id)
+{
+	return virtio_get_shm_region(vdev, region, id);
+}
+
+bool pmem_helper_virtio_needs_reset(struct virtio_device *vdev)
+{
+	return vdev->config->get_status(vdev) & VIRTIO_CONFIG_S_NEEDS_RESET;
+}
+
+void pmem_helper_virtio_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}
+
+struct virtqueue *pmem_helper_virtio_find_vq(struct virtio_device *vdev, vq_callback_t *callback,
+					     const char *name)
+{
+	return virtio_find_single_vq(vdev, callback, name);
+}
+
+void pmem_helper_virtio_del_vqs(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_len, void *in,
+			      unsigned int in_len, void *token)
+{
+	struct scatterlist request, response, *sgs[] = { &request, &response };
+
+	sg_init_one(&request, out, out_len);
+	sg_init_one(&response, in, in_len);
+	return virtqueue_add_sgs(vq, sgs, 1, 1, token, GFP_ATOMIC);
+}
+#endif
 
 void pmem_helper_disk_lock_open(struct gendisk *disk)
 {

@@ -28,4 +28,6 @@ pub(crate) mod platform;
 pub(crate) mod random;
 pub(crate) mod region;
 pub(crate) mod tier;
+#[cfg(CONFIG_VIRTIO)]
+pub(crate) mod virtio;
 pub(crate) mod workqueue;

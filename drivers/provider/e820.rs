@@ -94,7 +94,7 @@ fn serve(whole: PhysRange, config: &Config<'_>, found: &mut KVec<Found>) -> Resu
                 range,
                 region,
                 split,
-                mode: config.e820_mode(),
+                mode: config.found_mode(),
             },
             GFP_KERNEL,
         )?),

@@ -4,10 +4,35 @@
 //!
 //! They do not know each other. Here is what they have in common: the parameters are read, disks
 //! are made of the ranges of all providers, numbered in the order of [`PROVIDERS`], and all of them
-//! come up or none.
+//! come up or none. Ranges of devices come and go later, each for itself.
 
 mod e820;
 mod memmap;
+#[cfg(CONFIG_VIRTIO)]
+mod virtio;
+
+/// What a kernel without virtio has of it.
+#[cfg(not(CONFIG_VIRTIO))]
+mod virtio {
+    use super::*;
+
+    pub(super) enum Context {}
+    pub(super) enum Registration {}
+
+    impl Context {
+        pub(super) fn new(_: &Config<'_>, _: CpuFeatures, _: &Arc<Dir>) -> Option<Self> {
+            None
+        }
+
+        pub(super) fn register(self, _: &'static ThisModule) -> Result<Pin<KBox<Registration>>> {
+            match self {}
+        }
+    }
+
+    pub(super) fn param() -> Result<&'static str> {
+        Ok("0")
+    }
+}
 
 use crate::{
     device::{
@@ -89,12 +114,22 @@ struct Found {
 /// The disks of all ranges, and their directories of debugfs, which go first.
 pub(crate) type Disks = KVec<(Directory, Disk<PmemDevice>)>;
 
+/// Devices that become disks as they come, if there are to be some.
+pub(crate) struct Devices {
+    _virtio: Option<Pin<KBox<virtio::Registration>>>,
+}
+
 /// Disks that are complete, and that nobody sees yet.
 pub(crate) struct Prepared {
     disks: KVec<PreparedDisk>,
     /// Whether somebody asked for some.
     asked: bool,
+    /// How to make disks of devices that come later.
+    virtio: Option<virtio::Context>,
 }
+
+/// How to make disks of devices that come later.
+pub(crate) struct Later(Option<virtio::Context>);
 
 struct PreparedDisk {
     number: u32,
@@ -118,12 +153,14 @@ pub(crate) fn prepare() -> Result<Prepared> {
     let mut prepared = Prepared {
         disks: KVec::new(),
         asked: false,
+        virtio: None,
     };
     let config = match Config::new(Params {
         start: text("pmem_start", memmap::PMEM_START.get())?,
         size: text("pmem_size", memmap::PMEM_SIZE.get())?,
         count: text("pmem_count", memmap::PMEM_COUNT.get())?,
         e820: text("pmem_e820", e820::PMEM_E820.get())?,
+        virtio: text("pmem_virtio", virtio::param())?,
         lbs: text("pmem_lbs", PMEM_LBS.get())?,
         first: text("pmem_first", PMEM_FIRST.get())?,
         cache: text("pmem_cache", PMEM_CACHE.get())?,
@@ -138,7 +175,13 @@ pub(crate) fn prepare() -> Result<Prepared> {
             return Err(EINVAL);
         }
     };
-    prepared.asked = true;
+    prepared.asked = config.asks();
+    let cpu = CpuFeatures {
+        clwb: cpu::has_clwb(),
+        clflushopt: cpu::has_clflushopt(),
+    };
+    let debugfs = Arc::new(Dir::new(c"pmem", None), GFP_KERNEL)?;
+    prepared.virtio = virtio::Context::new(&config, cpu, &debugfs);
 
     let mut ranges = KVec::new();
     for find in PROVIDERS {
@@ -175,11 +218,6 @@ pub(crate) fn prepare() -> Result<Prepared> {
         }
     }
 
-    let cpu = CpuFeatures {
-        clwb: cpu::has_clwb(),
-        clflushopt: cpu::has_clflushopt(),
-    };
-    let debugfs = Arc::new(Dir::new(c"pmem", None), GFP_KERNEL)?;
     let mut warned = false;
     for (number, place, options) in places {
         let range = place.range();
@@ -188,7 +226,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
             pr_warn!("unable to guarantee persistence of writes\n");
             warned = true;
         }
-        let disk = PmemDevice::prepare(fmt!("pmem{}", number), place, persist, options)
+        let disk = PmemDevice::prepare(fmt!("pmem{}", number), place, persist, options, None)
             .map_err(|error| explain(error, number, range))?;
         let debugfs = PmemDevice::debugfs(disk.data(), debugfs.clone(), fmt!("pmem{}", number))?;
         let disk = PreparedDisk {
@@ -203,9 +241,9 @@ pub(crate) fn prepare() -> Result<Prepared> {
 }
 
 impl Prepared {
-    /// Whether there are none.
+    /// Whether there are none, nor will be: who has asked for some does not wait for others.
     pub(crate) fn is_empty(&self) -> bool {
-        self.disks.is_empty()
+        self.disks.is_empty() && (self.asked || self.virtio.is_none())
     }
 
     /// The error for who wanted disks, when there are none. It is logged, too.
@@ -230,7 +268,7 @@ impl Prepared {
     ///
     /// - `EBUSY`: its name is taken.
     /// - `ENOMEM`.
-    pub(crate) fn add(self) -> Result<Disks> {
+    pub(crate) fn add(self) -> Result<(Disks, Later)> {
         let mut disks = KVec::with_capacity(self.disks.len(), GFP_KERNEL)?;
         for prepared in self.disks {
             let PreparedDisk {
@@ -253,7 +291,38 @@ impl Prepared {
                 }
             }
         }
-        Ok(disks)
+        Ok((disks, Later(self.virtio)))
+    }
+}
+
+impl Later {
+    /// Begins to make disks of devices. A disk may be there when this returns, so that it is the last
+    /// thing that may fail, and it does not when `committed` says that it is too late for that.
+    ///
+    /// # Errors
+    ///
+    /// Each is logged.
+    ///
+    /// - `EBUSY`: there is a driver of this name.
+    /// - `ENOMEM`.
+    pub(crate) fn begin(self, module: &'static ThisModule, committed: bool) -> Result<Devices> {
+        if self.0.is_some() && !committed {
+            pr_info!("no range is given; virtio-pmem devices become disks when they come\n");
+        }
+        let registered = self.0.map(|context| context.register(module)).transpose();
+        match registered {
+            Ok(_virtio) => Ok(Devices { _virtio }),
+            Err(error) => {
+                pr_err!(
+                    "no virtio-pmem devices are served: the driver cannot be registered ({:?})\n",
+                    error
+                );
+                if !committed {
+                    return Err(error);
+                }
+                Ok(Devices { _virtio: None })
+            }
+        }
     }
 }
 
