@@ -485,21 +485,32 @@ impl<T: Driver> Bound<T> {
             Self::attach(device, &shared)?;
         }
         // SAFETY: By the function's contract.
-        let result = unsafe { Self::probe_attached(device, &shared, context) };
-        if result.is_err() {
-            // SAFETY: As above. After the reset no callback runs.
-            unsafe {
-                Self::detach(device, &shared, None);
-                Self::set(device, null());
+        let bound = unsafe { Self::prepare(device, &shared, context) };
+        let result = bound.and_then(|bound| {
+            // SAFETY: By the function's contract.
+            let given = unsafe { Device::from_raw(device) };
+            match T::start(bound.driver.as_arc_borrow(), context, given) {
+                Ok(()) => Ok(bound),
+                Err(error) => {
+                    // SAFETY: By the function's contract.
+                    unsafe { bound.end() };
+                    Err(error)
+                }
             }
+        });
+        if result.is_err() {
+            // SAFETY: By the function's contract.
+            unsafe { Self::detach(device, &shared, None) };
         }
         result
     }
 
+    /// Lets the driver look at the device, and the host serve its queue.
+    ///
     /// # Safety
     ///
     /// As for [`Self::probe`]; `shared` has the queue.
-    unsafe fn probe_attached(
+    unsafe fn prepare(
         device: *mut bindings::virtio_device,
         shared: &Arc<Shared>,
         context: &T::Context,
@@ -525,14 +536,24 @@ impl<T: Driver> Bound<T> {
             Self::set(device, &*bound);
             bindings::pmem_helper_virtio_ready(device);
         }
-        T::start(bound.driver.as_arc_borrow(), context, given).inspect_err(|_| bound.end())?;
         Ok(bound)
     }
 
-    /// Ends the use of the device by the driver, but for the queue.
-    fn end(&self) {
+    /// Ends the use of the device, and takes its queue away. No callback finds `self` any more.
+    ///
+    /// # Safety
+    ///
+    /// The device is being unbound.
+    unsafe fn end(&self) {
+        let device = self.device.as_ptr();
         T::unbind(self.driver.as_arc_borrow());
         self.settle();
+        // SAFETY: By the function's contract. After the reset no callback runs, and before it `self`
+        // is there.
+        unsafe {
+            Self::detach(device, &self.shared, None);
+            Self::set(device, null());
+        }
     }
 
     /// Waits for the work.
@@ -663,14 +684,8 @@ impl<T: Driver> Registration<T> {
     ///
     /// See above.
     unsafe extern "C" fn remove(device: *mut bindings::virtio_device) {
-        // SAFETY: By the function's contract it is what `probe()` has left there. After the reset no
-        // callback runs.
-        unsafe {
-            let bound = Arc::from_raw(Self::bound(device));
-            bound.end();
-            Bound::<T>::detach(device, &bound.shared, None);
-            Bound::<T>::set(device, null());
-        }
+        // SAFETY: By the function's contract it is what `probe()` has left there.
+        unsafe { Arc::from_raw(Self::bound(device)).end() };
     }
 
     /// # Safety
