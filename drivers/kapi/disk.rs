@@ -410,7 +410,10 @@ impl<T: Operations> Disk<T> {
 
 impl<T: Operations> Drop for Disk<T> {
     fn drop(&mut self) {
-        self.0.host = None;
+        // File systems on the disk write back, and shut down. The DAX device goes only then: when it
+        // goes, XFS looks for the files that use it, in a way that does not end if there is more than
+        // one allocation group, unless it has shut down.
+        //
         // SAFETY: By the type invariant the disk was added. Waits for the bios that are in flight
         // and fails those that come later.
         unsafe { bindings::del_gendisk(self.0.disk.0.as_ptr()) };
