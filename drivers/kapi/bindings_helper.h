@@ -124,7 +124,7 @@ bool pmem_helper_copy_survives_faults(void);
 int pmem_helper_set_mce_nospec(unsigned long pfn);
 #endif
 
-#ifdef CONFIG_VIRTIO
+#if IS_ENABLED(CONFIG_VIRTIO)
 /* virtio.rs */
 const char *pmem_helper_virtio_name(struct virtio_device *vdev);
 struct virtio_driver *pmem_helper_virtio_driver(struct virtio_device *vdev);

@@ -234,7 +234,7 @@ void pmem_helper_break_dax_layout(struct inode *inode)
 	filemap_invalidate_unlock(inode->i_mapping);
 }
 
-#ifdef CONFIG_VIRTIO
+#if IS_ENABLED(CONFIG_VIRTIO)
 const char *pmem_helper_virtio_name(struct virtio_device *vdev)
 {
 	return dev_name(&vdev->dev);
