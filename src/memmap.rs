@@ -369,14 +369,12 @@ impl<'a> Config<'a> {
             e820,
             virtio,
         };
-        let found = (e820 || virtio).then(|| config.found_mode());
-        if memmap_force
-            && config
-                .ranges()
-                .map(|(.., mode)| mode)
-                .chain(found)
-                .all(|mode| mode.struct_pages == StructPages::Dev)
-        {
+        let is_in_ram = |mode: Mode| mode.struct_pages == StructPages::Ram;
+        let mut any_in_ram = (e820 || virtio) && is_in_ram(config.found_mode());
+        for (.., mode) in config.ranges() {
+            any_in_ram |= is_in_ram(mode);
+        }
+        if memmap_force && !any_in_ram {
             return Err(Error::Force);
         }
 

@@ -143,6 +143,10 @@ impl Flushes {
 }
 
 /// What the provider of such a device calls. For other devices, this does nothing.
+#[cfg_attr(
+    not(CONFIG_VIRTIO),
+    expect(dead_code, reason = "such a device is on the virtio bus")
+)]
 impl PmemDevice {
     /// The host has answered the request that it had: it has made all durable, or it has not. Can be
     /// called with interrupts off.

@@ -138,6 +138,7 @@ bool pmem_helper_virtio_needs_reset(struct virtio_device *vdev);
 void pmem_helper_virtio_ready(struct virtio_device *vdev);
 struct virtqueue *pmem_helper_virtio_find_vq(struct virtio_device *vdev, vq_callback_t *callback,
 					     const char *name);
+void pmem_helper_virtio_synchronize_cbs(struct virtio_device *vdev);
 void pmem_helper_virtio_del_vqs(struct virtio_device *vdev);
 int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_len, void *in,
 			      unsigned int in_len, void *token);

@@ -180,7 +180,7 @@ impl Drop for Allocated {
 /// The private data of `disk` is `data`.
 pub(crate) struct Prepared<T: Operations> {
     // In the order in which they go.
-    host: Option<dax::Host<T>>,
+    _host: Option<dax::Host<T>>,
     disk: Allocated,
     group: Option<Group>,
     data: Arc<T>,
@@ -269,7 +269,7 @@ impl<T: Operations> Prepared<T> {
 
         // INVARIANT: Set above.
         Ok(Prepared {
-            host,
+            _host: host,
             disk,
             group: None,
             data,

@@ -293,6 +293,11 @@ struct virtqueue *pmem_helper_virtio_find_vq(struct virtio_device *vdev, vq_call
 	return virtio_find_single_vq(vdev, callback, name);
 }
 
+void pmem_helper_virtio_synchronize_cbs(struct virtio_device *vdev)
+{
+	virtio_synchronize_cbs(vdev);
+}
+
 void pmem_helper_virtio_del_vqs(struct virtio_device *vdev)
 {
 	vdev->config->del_vqs(vdev);

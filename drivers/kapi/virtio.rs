@@ -410,7 +410,10 @@ impl<T: Driver> Bound<T> {
     /// `device` is valid, and `shared` has its queue.
     unsafe fn detach(device: *mut bindings::virtio_device, shared: &Shared, driver: Option<&T>) {
         // SAFETY: By the function's contract. No callback runs when this returns.
-        unsafe { bindings::virtio_reset_device(device) };
+        unsafe {
+            bindings::virtio_reset_device(device);
+            bindings::pmem_helper_virtio_synchronize_cbs(device);
+        }
         let Some(queue) = shared.queue.lock().take() else {
             return;
         };
