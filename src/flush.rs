@@ -58,7 +58,8 @@ enum State {
 }
 
 /// Who waits for which request. Calls are to be serialized, by a lock that is held while a request
-/// is sent as well.
+/// is sent as well. An answer that was taken from the queue is to be told by [`Rounds::answered`]
+/// before [`Rounds::resume`]: after that it would be taken for the answer to the next request.
 ///
 /// # Invariants
 ///
@@ -143,8 +144,9 @@ impl<B: Batch> Rounds<B> {
         }
     }
 
-    /// The host can be asked again, after [`Rounds::pause`] or [`Rounds::fail`]. Returns whether a
-    /// request is to be sent; if that fails, [`Rounds::fail`] is to be called.
+    /// The host can be asked again, after [`Rounds::pause`] or [`Rounds::fail`], and has forgotten what
+    /// it was asked before. Returns whether a request is to be sent; if that fails, [`Rounds::fail`] is
+    /// to be called.
     #[must_use]
     pub fn resume(&mut self) -> bool {
         match self.state {
