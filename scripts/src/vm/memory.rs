@@ -36,25 +36,33 @@ impl Persistent {
     /// As [`Persistent::new`], if no more than `used` bytes of it will ever be touched.
     pub fn sparse(size: u64, used: u64) -> Result<Self> {
         let shm = Path::new("/dev/shm");
-        let room = |dir: &Path| {
-            statvfs(dir)
-                .map(|at| at.f_bavail.saturating_mul(at.f_frsize))
-                .unwrap_or(0)
-        };
-        let dir = if room(shm).min(available_memory()) / 2 > used {
-            scratch(shm, "pmem-memory")?
+        if room(shm).min(available_memory()) / 2 > used {
+            Self::make(scratch(shm, "pmem-memory")?, size)
         } else {
-            let parent = cache::create()?.join("vm");
-            fs::create_dir_all(&parent)
-                .with_context(|| format!("cannot create {}", parent.display()))?;
-            ensure!(
-                room(&parent) > used,
-                "{} has no room for the {} MiB of a guest's persistent memory; set XDG_CACHE_HOME to a place that has",
-                parent.display(),
-                used / MIB
-            );
-            scratch(&parent, "pmem-memory")?
-        };
+            Self::in_cache(size, used)
+        }
+    }
+
+    /// As [`Persistent::new`], but in the cache in any case, which is on a disk: to make it durable takes the time that
+    /// it takes.
+    pub fn on_disk(size: u64) -> Result<Self> {
+        Self::in_cache(size, size)
+    }
+
+    fn in_cache(size: u64, used: u64) -> Result<Self> {
+        let parent = cache::create()?.join("vm");
+        fs::create_dir_all(&parent)
+            .with_context(|| format!("cannot create {}", parent.display()))?;
+        ensure!(
+            room(&parent) > used,
+            "{} has no room for the {} MiB of a guest's persistent memory; set XDG_CACHE_HOME to a place that has",
+            parent.display(),
+            used / MIB
+        );
+        Self::make(scratch(&parent, "pmem-memory")?, size)
+    }
+
+    fn make(dir: TempDir, size: u64) -> Result<Self> {
         let memory = Self { dir, size };
         let path = memory.path();
         File::create(&path)
@@ -102,6 +110,13 @@ pub(super) fn scratch(parent: &Path, name: &str) -> Result<TempDir> {
         .prefix(&format!("{name}.{}.", std::process::id()))
         .tempdir_in(parent)
         .with_context(|| format!("cannot make a directory in {}", parent.display()))
+}
+
+/// What a directory's file system has room for.
+fn room(dir: &Path) -> u64 {
+    statvfs(dir)
+        .map(|at| at.f_bavail.saturating_mul(at.f_frsize))
+        .unwrap_or(0)
 }
 
 /// What the host can give without swapping.
