@@ -6,6 +6,7 @@ pub mod fio;
 mod kmem;
 mod pmem;
 pub mod table;
+mod virtio;
 
 use crate::progress::Progress;
 use crate::root::Root;
@@ -62,6 +63,8 @@ enum Which {
     Pmem,
     /// A range that is RAM and storage at once, beside dax/kmem and brd.
     Kmem,
+    /// Disks of virtio-pmem devices, which the host makes durable, beside virtio_pmem and nd_pmem.
+    Virtio,
 }
 
 /// How to measure.
@@ -155,6 +158,11 @@ pub fn run(args: &Args) -> Result<()> {
             pmem::table as fn(&_, &_) -> _,
         ),
         (Which::Kmem, kmem::titles().collect(), kmem::table),
+        (
+            Which::Virtio,
+            virtio::titles(args.instructions).collect(),
+            virtio::table,
+        ),
     ] {
         if !wanted(which) {
             continue;

@@ -60,6 +60,27 @@ pub fn run(vm: &Vm, target: &str, options: &str, time: Duration) -> Result<Measu
     timed(&output).with_context(|| not_understood(&output))
 }
 
+/// Runs `threads` of fio's at once with `options` for `time`: on a device or file, which they share, or, if `target` is a
+/// directory, on a file each. What CPUs do meanwhile is not measured, as the threads do not begin at once.
+pub fn threads(
+    vm: &Vm,
+    target: &str,
+    options: &str,
+    threads: u32,
+    time: Duration,
+) -> Result<Measured> {
+    let output = vm.sh_for(
+        &format!(
+            "cd /tmp; test -d {target} && on=directory || on=filename
+             fio --name=job --$on={target} {options} --thread --numjobs={threads} --group_reporting \\
+             --time_based --runtime={}ms --output-format=json",
+            time.as_millis().max(1)
+        ),
+        time + SLACK,
+    )?;
+    measured(&output).with_context(|| not_understood(&output))
+}
+
 /// Runs fio with `options` on `target` until it is done.
 pub fn once(vm: &Vm, target: &str, options: &str) -> Result<Measured> {
     let output = report(vm, target, options)?;

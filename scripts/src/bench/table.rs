@@ -49,6 +49,8 @@ impl AddAssign for Measured {
 pub enum Unit {
     /// Many small operations: how many there are in a second.
     Operations,
+    /// Small operations that wait for something else: how many there are in a second, and what each takes of CPUs.
+    Waits,
     /// Operations whose size does not matter: how many bytes there are in a second.
     Bandwidth,
     /// One operation: how long it takes.
@@ -60,6 +62,7 @@ pub enum Unit {
 enum Quantity {
     Operations,
     OperationsOfCpu,
+    Waits,
     Bandwidth,
     Milliseconds,
     MillisecondsOfCpu,
@@ -72,6 +75,7 @@ impl Quantity {
     const TIMED: &[Self] = &[
         Self::Operations,
         Self::OperationsOfCpu,
+        Self::Waits,
         Self::Bandwidth,
         Self::Milliseconds,
         Self::MillisecondsOfCpu,
@@ -82,6 +86,7 @@ impl Quantity {
         match self {
             Self::Operations => "thousands of operations a second",
             Self::OperationsOfCpu => "thousands of operations a second of CPU time",
+            Self::Waits => "operations a second",
             Self::Bandwidth => "GB a second",
             Self::Milliseconds => "milliseconds",
             Self::MillisecondsOfCpu => "milliseconds of CPU time",
@@ -92,7 +97,7 @@ impl Quantity {
 
     fn digits(self) -> usize {
         match self {
-            Self::Instructions => 0,
+            Self::Waits | Self::Instructions => 0,
             Self::Operations | Self::OperationsOfCpu => 1,
             Self::Bandwidth => 2,
             Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => 3,
@@ -103,11 +108,11 @@ impl Quantity {
     fn is_of(self, unit: Unit) -> bool {
         match self {
             Self::Operations | Self::OperationsOfCpu => unit == Unit::Operations,
+            Self::Waits => unit == Unit::Waits,
             Self::Bandwidth => unit == Unit::Bandwidth,
-            Self::Instructions => unit != Unit::Time,
-            Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => {
-                unit == Unit::Time
-            }
+            Self::MillisecondsOfCpu => matches!(unit, Unit::Waits | Unit::Time),
+            Self::Instructions => matches!(unit, Unit::Operations | Unit::Bandwidth),
+            Self::Milliseconds | Self::MillionInstructions => unit == Unit::Time,
         }
     }
 
@@ -116,6 +121,7 @@ impl Quantity {
         match self {
             Self::Operations => Some(measured.iops() / 1e3),
             Self::OperationsOfCpu => Some(measured.operations / measured.cpu_seconds? / 1e3),
+            Self::Waits => Some(measured.iops()),
             Self::Bandwidth => Some(measured.bandwidth() / 1e9),
             Self::Milliseconds => Some(each(measured.seconds, 1e-3)),
             Self::MillisecondsOfCpu => Some(each(measured.cpu_seconds?, 1e-3)),
@@ -221,6 +227,14 @@ mod tests {
                 sides: vec![measured(30e3, 2.0, Some(1.0)), measured(10e3, 1.0, None)],
             },
             Row {
+                title: "fsync",
+                unit: Unit::Waits,
+                sides: vec![
+                    measured(500.0, 2.0, Some(0.25)),
+                    measured(100.0, 1.0, Some(0.1)),
+                ],
+            },
+            Row {
                 title: "plug",
                 unit: Unit::Time,
                 sides: vec![measured(2.0, 0.1, Some(0.02)), None],
@@ -247,10 +261,14 @@ mod tests {
                 "thousands of operations a second of CPU time a b / b",
                 "read 30.0 - -",
                 "",
+                "operations a second a b / b",
+                "fsync 250 100 2.50",
+                "",
                 "milliseconds a b / b",
                 "plug 50.000 - -",
                 "",
                 "milliseconds of CPU time a b / b",
+                "fsync 0.500 1.000 0.50",
                 "plug 10.000 - -",
             ]
         );
