@@ -9,12 +9,15 @@ use super::table::{Measured, Row, Unit};
 use super::{fio, Plan, Table};
 use crate::flavour::Flavour;
 use crate::progress::Progress;
-use crate::vm::{Persistent, Setup, Vm, GIB, MIB, PMEM_KO};
+use crate::vm::{Fault, Persistent, Setup, Vm, GIB, MIB, PMEM_KO};
 use anyhow::{ensure, Context, Result};
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// What a slow host takes for a flush, beside what its disk takes: as one that writes to another machine.
+const SLOW: Duration = Duration::from_millis(5);
 
 /// Of each disk.
 const SIZE: u64 = 256 * MIB;
@@ -30,12 +33,19 @@ enum Work {
     Disk(u32),
     /// The same on ext4 without a page cache, each on a file of its own.
     Ext4(u32),
+    /// As [`Work::Disk`], on a host that takes [`SLOW`] longer for each flush.
+    Slow(u32),
 }
 
 impl Work {
     /// Whether time passes in which the guest does nothing.
     fn waits(self) -> bool {
         !matches!(self, Self::Memory(_))
+    }
+
+    /// Whether it is for the slow host.
+    fn is_slow(self) -> bool {
+        matches!(self, Self::Slow(_))
     }
 }
 
@@ -105,10 +115,33 @@ const ROWS: &[(&str, Unit, Work)] = &[
         Unit::Waits,
         Work::Ext4(64),
     ),
+    (
+        "slow host: 4 KiB write and fsync, 1 thread",
+        Unit::Waits,
+        Work::Slow(1),
+    ),
+    (
+        "slow host: 4 KiB write and fsync, 4 threads",
+        Unit::Waits,
+        Work::Slow(4),
+    ),
+    (
+        "slow host: 4 KiB write and fsync, 16 threads",
+        Unit::Waits,
+        Work::Slow(16),
+    ),
+    (
+        "slow host: 4 KiB write and fsync, 64 threads",
+        Unit::Waits,
+        Work::Slow(64),
+    ),
 ];
 
 /// A job of the threads that write and make it durable.
 const FSYNC: &str = "--rw=randwrite --bs=4k --ioengine=psync --fsync=1";
+
+/// The drivers.
+const NAMES: [&str; 2] = ["pmem", "nd_pmem"];
 
 /// A driver and its disk.
 struct Side {
@@ -132,49 +165,60 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
         .filter(|(title, ..)| plan.has(title))
         .collect();
     let setup = Setup::new(Flavour::Test, progress)?;
-    let files = [Persistent::on_disk(SIZE)?, Persistent::on_disk(SIZE)?];
-    let step = progress.step("boot, give each driver a device, fill them");
-    let (vm, sides) = prepare(&setup, plan, &files, progress)?;
-    let fsync = fsync(&files[0])?;
-    step.done();
-
-    let step = progress.count(
-        "measure",
-        rows.len() as u64 * u64::from(plan.rounds) * sides.len() as u64,
-    );
     let mut table = Vec::new();
-    for &&(title, unit, work) in &rows {
-        let mut all = vec![Measured::default(); sides.len()];
-        // In turns, so that what else the host does meanwhile is shared.
-        for _ in 0..plan.rounds {
-            for (side, sum) in sides.iter().zip(&mut all) {
-                step.note(&format!("{title}: {}", side.name));
-                *sum += measure(&vm, &side.disk, work, plan.time)?;
-                step.tick();
-            }
+    let mut about = None;
+    for slow in [false, true] {
+        let rows: Vec<_> = rows
+            .iter()
+            .filter(|(.., work)| work.is_slow() == slow)
+            .collect();
+        if rows.is_empty() {
+            continue;
         }
-        table.push(Row {
-            title,
-            unit,
-            sides: all.into_iter().map(Some).collect(),
-        });
+        let files = [Persistent::on_disk(SIZE)?, Persistent::on_disk(SIZE)?];
+        let step = progress.step("boot, give each driver a device, fill them");
+        let (vm, sides) = prepare(&setup, plan, &files, slow, progress)?;
+        let fsync = fsync(&files[0])?;
+        step.done();
+
+        let step = progress.count(
+            "measure",
+            rows.len() as u64 * u64::from(plan.rounds) * sides.len() as u64,
+        );
+        for &&&(title, unit, work) in &rows {
+            let mut all = vec![Measured::default(); sides.len()];
+            // In turns, so that what else the host does meanwhile is shared.
+            for _ in 0..plan.rounds {
+                for (side, sum) in sides.iter().zip(&mut all) {
+                    step.note(&format!("{title}: {}", side.name));
+                    *sum += measure(&vm, &side.disk, work, plan.time)?;
+                    step.tick();
+                }
+            }
+            table.push(Row {
+                title,
+                unit,
+                sides: all.into_iter().map(Some).collect(),
+            });
+        }
+        step.done();
+        vm.check_clean()?;
+        about.get_or_insert((plan.machine(&vm), fsync));
+        vm.power_off()?;
     }
-    step.done();
-    vm.check_clean()?;
-    let about = format!(
-        "{} devices of {} MiB, each a file of the host's, where a write of 4 KiB and its fsync take {:.2} ms.\n\
-         Ratios are pmem / the kernel's virtio_pmem and nd_pmem.",
-        sides.len(),
-        SIZE / MIB,
-        fsync.as_secs_f64() * 1e3
-    );
-    let table = Table {
-        machine: plan.machine(&vm),
-        about,
-        parts: vec![(sides.iter().map(|side| side.name).collect(), table)],
-    };
-    vm.power_off()?;
-    Ok(table)
+    let (machine, fsync) = about.context("there are no rows")?;
+    Ok(Table {
+        machine,
+        about: format!(
+            "{} devices of {} MiB, each a file of the host's, where a write of 4 KiB and its fsync take {:.2} ms;\n\
+             on the slow host {} ms more. Ratios are pmem / the kernel's virtio_pmem and nd_pmem.",
+            NAMES.len(),
+            SIZE / MIB,
+            fsync.as_secs_f64() * 1e3,
+            SLOW.as_millis()
+        ),
+        parts: vec![(NAMES.into(), table)],
+    })
 }
 
 /// Boots, and gives one of the devices to the module, the other one to the kernel's driver.
@@ -182,11 +226,15 @@ fn prepare(
     setup: &Setup,
     plan: &Plan,
     files: &[Persistent; 2],
+    slow: bool,
     progress: &Progress,
 ) -> Result<(Vm, [Side; 2])> {
     let mut builder = plan.builder(setup, progress).ram(2 * GIB).upper(0);
     for file in files {
         builder = builder.virtio_pmem(file);
+    }
+    if slow {
+        builder = builder.flush_fault(Fault::Delay(SLOW), 1, None);
     }
     let vm = builder.module("nd_pmem").module("virtio_pmem").start()?;
     let disks = ["pmem0", "pmem1"].map(str::to_owned);
@@ -203,11 +251,11 @@ fn prepare(
     wait(&vm, &ours)?;
     let sides = [
         Side {
-            name: "pmem",
+            name: NAMES[0],
             disk: ours,
         },
         Side {
-            name: "nd_pmem",
+            name: NAMES[1],
             disk: theirs,
         },
     ];
@@ -277,7 +325,7 @@ fn measure(vm: &Vm, disk: &str, work: Work, time: Duration) -> Result<Measured> 
         Work::Memory(options) | Work::Durable(options) => {
             fio::run(vm, &device, &format!("{on_disk} {options}"), time)
         }
-        Work::Disk(threads) => {
+        Work::Disk(threads) | Work::Slow(threads) => {
             fio::threads(vm, &device, &format!("{on_disk} {FSYNC}"), threads, time)
         }
         Work::Ext4(threads) => {
