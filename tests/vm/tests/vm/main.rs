@@ -22,3 +22,4 @@ mod stock;
 mod suspend;
 mod sysfs;
 mod tools;
+mod virtio;
