@@ -11,6 +11,7 @@ mod aligned;
 mod mapping;
 mod programs;
 mod timing;
+mod virtio;
 mod writers;
 
 use std::process::ExitCode;

@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::aligned::Aligned;
 use crate::mapping::Mapping;
 use crate::timing;
+use crate::virtio;
 use crate::writers;
 
 const USAGE: &str = "\
@@ -47,6 +48,10 @@ usage: pmem-guest PROGRAM ...
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
+  virtio-status PCI-DEVICE          print the status of a virtio device
+  virtio-set PCI-DEVICE FIELD=VALUE ...
+                                    write its fields behind its driver's back: status, queue, enable, desc, driver,
+                                    device, notify
 ";
 
 const PAGE: usize = 4096;
@@ -134,6 +139,8 @@ pub fn run(args: &[String]) -> io::Result<()> {
                 .open(disk)?;
             unreadable(&disk, 512, number(count)?)
         }
+        ["virtio-status", device] => virtio::status(device),
+        ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
         ["time-write", attribute, text] => timing::write(attribute, text),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");

@@ -2,13 +2,20 @@
 
 //! virtio-pmem: memory that the host makes durable when it is asked to.
 
+mod broken;
 mod contents;
 mod flushes;
 
 use anyhow::{Context, Result};
 use std::time::Duration;
-use vm_tests::{load, stock, Persistent, MIB};
+use vm_tests::{load, stock, Persistent, MIB, UPPER};
 use xtask::vm::{Builder, Vm};
+
+/// The driver's name on the virtio bus.
+const DRIVER: &str = "pmem";
+
+/// Where the memory of a machine's first device is.
+const START: u64 = UPPER;
 
 /// What XFS takes at least.
 const SIZE: u64 = 384 * MIB;
@@ -35,4 +42,28 @@ fn counter(vm: &Vm, name: &str) -> Result<u64> {
     text.trim()
         .parse()
         .with_context(|| format!("{name}: {text:?}"))
+}
+
+/// Takes the device of `driver` away from it, and returns the device's name on the virtio bus.
+fn unbind(vm: &Vm, driver: &str) -> Result<String> {
+    let device = vm.sh_for(
+        &format!(
+            "cd /sys/bus/virtio/drivers/{driver}
+             device=$(echo virtio[0-9]*)
+             echo $device >unbind
+             echo $device"
+        ),
+        LONG,
+    )?;
+    Ok(device.trim().to_owned())
+}
+
+/// Gives a device of the virtio bus to `driver`, and waits for the disk.
+fn bind(vm: &Vm, driver: &str, device: &str) -> Result<()> {
+    vm.sh(&format!(
+        "echo {device} >/sys/bus/virtio/drivers/{driver}/bind
+         for i in $(seq 100); do test -b /dev/pmem0 && exit 0; sleep 0.1; done
+         exit 1"
+    ))
+    .map(drop)
 }
