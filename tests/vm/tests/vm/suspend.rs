@@ -49,7 +49,7 @@ fn begin(vm: &Vm) -> Result<()> {
 ///
 /// When Linux wakes up, it asks QEMU whether anybody listens to the agent, before it has room for the reply, which
 /// QEMU drops: the agent would wait for ever. So the driver of its port is bound anew.
-fn suspend(vm: &Vm) -> Result<()> {
+pub(super) fn suspend(vm: &Vm) -> Result<()> {
     // The alarm must come after everything has stopped.
     let times = vm.sh_for(
         "echo deep >/sys/power/mem_sleep

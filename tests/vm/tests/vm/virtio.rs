@@ -5,6 +5,9 @@
 mod broken;
 mod contents;
 mod flushes;
+mod plug;
+mod refusals;
+mod resets;
 
 use anyhow::{Context, Result};
 use std::time::Duration;
