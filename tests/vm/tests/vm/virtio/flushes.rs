@@ -48,14 +48,8 @@ fn the_host_flushes_when_it_has_to() -> Result<()> {
                 1..=1,
             ),
             // FUA, and the flush of who does not know of FUA.
-            (
-                "dd of=/dev/pmem0 if=/dev/zero bs=4k count=3 oflag=direct,dsync",
-                3..=6,
-            ),
-            (
-                "dd of=/dev/pmem0 if=/dev/zero bs=4k count=3 oflag=dsync",
-                3..=6,
-            ),
+            ("xfs_io -d -c 'pwrite -V 1 -D 0 4k' /dev/pmem0", 1..=2),
+            ("xfs_io -c 'pwrite -V 1 -D 0 4k' /dev/pmem0", 1..=2),
             (
                 "blkdiscard -z -o 4096 -l 4096 /dev/pmem0; sync /dev/pmem0",
                 1..=2,
@@ -170,14 +164,18 @@ fn programs_that_sync_at_once_share_flushes() -> Result<()> {
         let host = flushed(vm)? - before.0;
         let asked = counter(vm, "flushes")? - before.1;
         let sent = counter(vm, "host_flushes")? - before.2;
-        ensure!(asked >= JOBS * SYNCS, "{asked} flushes were asked for");
+        // fio ends without the last one.
+        ensure!(
+            asked >= JOBS * (SYNCS - 1),
+            "{asked} flushes were asked for"
+        );
         ensure!(sent == host, "{host} flushes, the driver says {sent}");
         ensure!(
             host <= asked / 4,
             "{host} flushes for {asked} that were asked for"
         );
         // One after the other, each asks the host.
-        ensure!(host >= SYNCS, "{host} flushes for {SYNCS} rounds");
+        ensure!(host >= SYNCS - 1, "{host} flushes for {SYNCS} rounds");
         Ok(())
     })
 }
