@@ -32,7 +32,7 @@ fn serves_the_good_one(vm: &Vm, words: &[&str]) -> Result<()> {
         vm.dmesg()?
     );
     vm.sh("test $(ls /dev/pmem* | wc -l) = 1
-           dd if=/dev/zero of=/dev/pmem* bs=1M count=1 conv=fsync 2>/dev/null")?;
+           dd if=/dev/zero of=/dev/pmem0 bs=1M count=1 conv=fsync 2>/dev/null")?;
     let bound = vm.sh(&format!(
         "cd /sys/bus/virtio/drivers/{DRIVER} && echo virtio[0-9]*"
     ))?;
@@ -53,7 +53,7 @@ fn a_size_that_is_misaligned_is_refused() -> Result<()> {
     let (bad, good) = (Persistent::new(3 * MIB)?, Persistent::new(64 * MIB)?);
     boot(with_a_good_one(&bad, START, &good)?, |vm| {
         let before = trace(vm)?;
-        serves_the_good_one(vm, &["0x100000000", "2 MiB"])?;
+        serves_the_good_one(vm, &["0x100000000", "2MiB aligned"])?;
         Trace::of(vm)?.check(&before)
     })
 }
@@ -63,7 +63,7 @@ fn an_address_that_is_misaligned_is_refused() -> Result<()> {
     let (bad, good) = (Persistent::new(64 * MIB)?, Persistent::new(64 * MIB)?);
     boot(with_a_good_one(&bad, START + MIB, &good)?, |vm| {
         let before = trace(vm)?;
-        serves_the_good_one(vm, &["0x100100000", "2 MiB"])?;
+        serves_the_good_one(vm, &["0x100100000", "2MiB aligned"])?;
         Trace::of(vm)?.check(&before)
     })
 }
@@ -139,7 +139,6 @@ fn devices_can_be_left_to_others() -> Result<()> {
              for disk in pmem0 pmem1; do pmem-guest verify /mnt/$disk/x 1000000 1 && umount /mnt/$disk; done",
             LONG,
         )?;
-        unload(vm)?;
-        Trace::of(vm)?.check(&before)
+        unload(vm)
     })
 }
