@@ -21,9 +21,9 @@ fn plug(vm: &Vm, n: usize) -> Result<()> {
 /// Programs that write the disk itself, until it is gone. All of what they do must end.
 const RAW: &str = "\
     touch /tmp/up1 /tmp/up2
-    ( while dd if=/dev/zero of=/dev/pmem0 bs=64k count=64 seek=16 oflag=direct conv=notrunc; do :; done
+    ( while xfs_io -d -c 'pwrite -b 64k 1m 4m' /dev/pmem0; do :; done
       rm /tmp/up1 ) >/dev/null 2>&1 &
-    ( ( echo 'mmap -rw 0 1m'; yes 'mwrite 0 1m' ) | xfs_io /dev/pmem0 || true
+    ( while xfs_io -c 'pwrite 0 1m' -c fsync /dev/pmem0; do :; done
       rm /tmp/up2 ) >/dev/null 2>&1 &";
 
 /// Programs that write files, one of them by a mapping: its memory goes while the program stores to it.
