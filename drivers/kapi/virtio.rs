@@ -403,18 +403,22 @@ impl<T: Driver> Bound<T> {
         Ok(())
     }
 
-    /// Makes the device forget what it was sent, and takes its queue away. Does nothing if there is none.
+    /// Makes the device forget what it was sent, and takes its queue away, if there is one.
+    ///
+    /// That is taken from the driver first, so that nobody notifies the host while it resets the device.
+    /// The host may interrupt until it has, and one that does as it likes until the queue is no more.
     ///
     /// # Safety
     ///
-    /// `device` is valid, and `shared` has its queue.
+    /// `device` is valid, and `shared` has its queue. What was [`Self::set`] lives until this returns.
     unsafe fn detach(device: *mut bindings::virtio_device, shared: &Shared, driver: Option<&T>) {
-        // SAFETY: By the function's contract. No callback runs when this returns.
+        let queue = shared.queue.lock().take();
+        // SAFETY: By the function's contract. Callbacks that have taken an answer have ended then.
         unsafe {
             bindings::virtio_reset_device(device);
             bindings::pmem_helper_virtio_synchronize_cbs(device);
         }
-        let Some(queue) = shared.queue.lock().take() else {
+        let Some(queue) = queue else {
             return;
         };
         loop {
@@ -429,7 +433,8 @@ impl<T: Driver> Bound<T> {
                 driver.returned(buffer);
             }
         }
-        // SAFETY: By the function's contract. Its only queue is used no more.
+        // SAFETY: By the function's contract. Its only queue is used no more. No callback runs when this
+        // returns.
         unsafe { bindings::pmem_helper_virtio_del_vqs(device) };
     }
 
@@ -443,14 +448,14 @@ impl<T: Driver> Bound<T> {
         let bound = unsafe {
             AtomicPtr::from_ptr(bindings::pmem_helper_virtio_priv(device)).load(Ordering::Acquire)
         };
-        // SAFETY: It is null, or points to what lives until a reset has waited for callbacks, and it was
-        // set to null.
+        // SAFETY: It is null, or points to what lives until the queue is no more, which waits for
+        // callbacks.
         (!bound.is_null()).then(|| unsafe { ArcBorrow::from_raw(bound.cast::<Self>()) })
     }
 
     /// # Safety
     ///
-    /// As for [`Self::of`]; no callback runs that could use what was set before.
+    /// As for [`Self::of`]. `bound` is null, or lives until [`Self::detach`] has returned.
     unsafe fn set(device: *mut bindings::virtio_device, bound: *const Self) {
         // SAFETY: By the function's contract.
         unsafe {
@@ -463,7 +468,7 @@ impl<T: Driver> Bound<T> {
     ///
     /// Called by the transport with the queue of `attach()`.
     unsafe extern "C" fn notified(queue: *mut bindings::virtqueue) {
-        // SAFETY: By the function's contract; the reset of `detach()` waits for this.
+        // SAFETY: By the function's contract; `detach()` waits for this.
         if let Some(bound) = unsafe { Self::of((*queue).vdev) } {
             bound.driver.notified();
         }
@@ -551,11 +556,11 @@ impl<T: Driver> Bound<T> {
         let device = self.device.as_ptr();
         T::unbind(self.driver.as_arc_borrow());
         self.settle();
-        // SAFETY: By the function's contract. After the reset no callback runs, and before it `self`
-        // is there.
+        // SAFETY: By the function's contract. A callback that has found `self` ends before `detach()`
+        // returns.
         unsafe {
-            Self::detach(device, &self.shared, None);
             Self::set(device, null());
+            Self::detach(device, &self.shared, None);
         }
     }
 
