@@ -239,6 +239,14 @@ impl<O: AsBytes, I: FromBytes + Default + Copy> Buffer<O, I> {
     }
 }
 
+/// What could not be sent.
+pub(crate) struct Unsent<O, I> {
+    /// Why.
+    pub(crate) error: Error,
+    /// What was to be sent, unless the queue has it, which gives it to [`Driver::returned`].
+    pub(crate) buffer: Option<KBox<Buffer<O, I>>>,
+}
+
 /// What the host has answered.
 pub(crate) struct Used<O, I> {
     /// To be sent again.
@@ -286,15 +294,19 @@ impl<O: AsBytes, I: FromBytes> Queue<O, I> {
     ///
     /// # Errors
     ///
-    /// The buffer is lost.
-    ///
     /// - `ENODEV`: the device is gone, or is being reset.
     /// - `EIO`: the queue is broken.
     /// - `ENOSPC`: it is full.
     /// - `ENOMEM`: the buffer cannot be mapped for the device.
-    pub(crate) fn send(&self, buffer: KBox<Buffer<O, I>>) -> Result {
+    pub(crate) fn send(&self, buffer: KBox<Buffer<O, I>>) -> Result<(), Unsent<O, I>> {
         let guard = self.shared.queue.lock();
-        let queue = guard.as_ref().ok_or(ENODEV)?.0.as_ptr();
+        let Some(Vq(queue)) = &*guard else {
+            return Err(Unsent {
+                error: ENODEV,
+                buffer: Some(buffer),
+            });
+        };
+        let queue = queue.as_ptr();
         let raw = KBox::into_raw(buffer);
         // SAFETY: The buffer is from kmalloc, whose memory devices can access, and stays until the
         // queue gives it back: by the invariants of `Shared` it is valid, and used under its lock.
@@ -310,14 +322,17 @@ impl<O: AsBytes, I: FromBytes> Queue<O, I> {
         });
         if let Err(error) = added {
             // SAFETY: It was not added, so it is nobody's.
-            drop(unsafe { KBox::from_raw(raw) });
-            return Err(error);
+            let buffer = Some(unsafe { KBox::from_raw(raw) });
+            return Err(Unsent { error, buffer });
         }
         // SAFETY: As above.
         if unsafe { bindings::virtqueue_kick(queue) } {
             Ok(())
         } else {
-            Err(EIO)
+            Err(Unsent {
+                error: EIO,
+                buffer: None,
+            })
         }
     }
 

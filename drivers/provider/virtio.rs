@@ -35,7 +35,8 @@ use crate::{
             Device,
             DeviceId,
             IdTable,
-            Queue, //
+            Queue,
+            Unsent, //
         },
         workqueue::ReclaimQueue, //
     },
@@ -197,13 +198,17 @@ struct Line {
 impl Host for Line {
     fn send(&self) -> Result {
         let flush = self.flush.lock().take().ok_or(EIO)?;
-        self.queue.send(flush).inspect_err(|error| {
+        self.queue.send(flush).map_err(|Unsent { error, buffer }| {
             pr_err!(
                 "{}: the host cannot be asked to flush ({:?}); {}\n",
                 &*self.name,
                 error,
                 BROKEN
             );
+            if let Some(flush) = buffer {
+                *self.flush.lock() = Some(flush);
+            }
+            error
         })
     }
 }
