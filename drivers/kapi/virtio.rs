@@ -354,10 +354,20 @@ impl<O: AsBytes, I: FromBytes> Queue<O, I> {
     /// Whether the queue is there, but does nothing any more: the device is gone, or has written what
     /// makes no sense.
     pub(crate) fn is_broken(&self) -> bool {
+        self.look() == Some(false)
+    }
+
+    /// Whether the queue is there, and does something.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.look() == Some(true)
+    }
+
+    /// If the queue is there, whether it does something.
+    fn look(&self) -> Option<bool> {
         let guard = self.shared.queue.lock();
-        guard.as_ref().is_some_and(|queue| {
+        guard.as_ref().map(|queue| {
             // SAFETY: By the invariants of `Shared` the queue is valid.
-            unsafe { bindings::virtqueue_is_broken(queue.0.as_ptr()) }
+            !unsafe { bindings::virtqueue_is_broken(queue.0.as_ptr()) }
         })
     }
 }

@@ -352,7 +352,8 @@ impl virtio::Driver for VirtioPmem {
         let Some(device) = this.device.as_ref() else {
             return;
         };
-        if this.line.queue.is_broken() {
+        // It is broken, or the device goes while it is reset.
+        if !this.line.queue.is_usable() {
             this.fail("the device is gone");
         }
         let _ = this.queue.enqueue(Arc::from(this));
