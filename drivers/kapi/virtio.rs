@@ -728,8 +728,9 @@ impl<T: Driver> Registration<T> {
         // SAFETY: By the function's contract. The bus does not call this before the end of `probe()`,
         // and not from the beginning of `remove()` on.
         if let Some(bound) = unsafe { Bound::<T>::of(device) } {
-            // If it is enqueued already, it has yet to look.
-            let _ = workqueue::system().enqueue(Arc::from(bound));
+            // If it is enqueued already, it has yet to look. What it calls may sleep for long; and the
+            // kernel warns of work for `system()`.
+            let _ = workqueue::system_long().enqueue(Arc::from(bound));
         }
     }
 
