@@ -218,12 +218,21 @@ const BROKEN: &str = "flushes fail, until the device is bound anew";
 
 /// The range of `device`.
 fn range(device: &Device) -> Result<PhysRange> {
+    let name = device.name();
+    let number = |offset| {
+        device.config_le64(offset).inspect_err(|_| {
+            pr_err!(
+                "{}: the host does not say where its memory is: there is neither a configuration nor shared memory region {}\n",
+                name,
+                REGION
+            );
+        })
+    };
     let (start, size) = if device.has_feature(F_SHMEM_REGION) {
         device.shared_memory(REGION).ok_or(ENXIO)?
     } else {
-        (device.config_le64(START)?, device.config_le64(SIZE)?)
+        (number(START)?, number(SIZE)?)
     };
-    let name = device.name();
     let range = PhysRange::new(start, size).map_err(|error| {
         pr_err!("{}: {}; the host gave that\n", name, error);
         EINVAL
