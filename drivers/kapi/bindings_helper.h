@@ -16,6 +16,9 @@
 #include <linux/memory-tiers.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
+#if IS_BUILTIN(CONFIG_KUNIT)
+#include <linux/virtio_ring.h>
+#endif
 #ifdef PMEM_DAX_BUS
 #include <dax-private.h>
 #include <bus.h>
@@ -142,6 +145,17 @@ void pmem_helper_virtio_synchronize_cbs(struct virtio_device *vdev);
 void pmem_helper_virtio_del_vqs(struct virtio_device *vdev);
 int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_len, void *in,
 			      unsigned int in_len, void *token);
+
+#if IS_BUILTIN(CONFIG_KUNIT)
+/* kunit/virtio.rs */
+void pmem_helper_virtio_simulate(struct virtio_device *vdev, u32 device,
+				 const struct virtio_config_ops *config,
+				 void (*release)(struct device *dev));
+struct device *pmem_helper_virtio_dev(struct virtio_device *vdev);
+struct virtio_device *pmem_helper_virtio_of(struct device *dev);
+u64 pmem_helper_virtio_features(const struct virtio_device *vdev);
+bool pmem_helper_virtio_is_bound(struct virtio_device *vdev);
+#endif
 #endif
 
 /* hotplug.rs */

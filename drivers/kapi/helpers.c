@@ -312,6 +312,43 @@ int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_
 	sg_init_one(&response, in, in_len);
 	return virtqueue_add_sgs(vq, sgs, 1, 1, token, GFP_ATOMIC);
 }
+
+#if IS_BUILTIN(CONFIG_KUNIT)
+void pmem_helper_virtio_simulate(struct virtio_device *vdev, u32 device,
+				 const struct virtio_config_ops *config,
+				 void (*release)(struct device *dev))
+{
+	vdev->id.device = device;
+	vdev->config = config;
+	vdev->dev.release = release;
+}
+
+struct device *pmem_helper_virtio_dev(struct virtio_device *vdev)
+{
+	return &vdev->dev;
+}
+
+struct virtio_device *pmem_helper_virtio_of(struct device *dev)
+{
+	return dev_to_virtio(dev);
+}
+
+u64 pmem_helper_virtio_features(const struct virtio_device *vdev)
+{
+	return vdev->features;
+}
+
+bool pmem_helper_virtio_is_bound(struct virtio_device *vdev)
+{
+	bool bound;
+
+	/* A driver that is in its probe() has the lock. */
+	device_lock(&vdev->dev);
+	bound = vdev->dev.driver;
+	device_unlock(&vdev->dev);
+	return bound;
+}
+#endif
 #endif
 
 void pmem_helper_disk_lock_open(struct gendisk *disk)

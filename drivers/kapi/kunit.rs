@@ -4,6 +4,9 @@
 //!
 //! C header: [`include/kunit/test.h`](srctree/include/kunit/test.h)
 
+#[cfg(CONFIG_VIRTIO)]
+pub(crate) mod virtio;
+
 use super::{
     bindings,
     disk::{
