@@ -502,7 +502,7 @@ impl dax::Operations for PmemDevice {
 /// A device in a range that the tests may overwrite: `pmem_kunit_start=`, which only a kernel with
 /// KUnit built in has. Without it these tests are skipped.
 #[kunit_tests(pmem_device)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::kapi::{
         kunit::{
@@ -528,15 +528,23 @@ mod tests {
             "Physical address of 8 MiB that the KUnit tests may overwrite. Example: 5G";
     }
 
-    const SIZE: u64 = 8 << 20;
+    /// Length of that range in bytes.
+    pub(crate) const SIZE: u64 = 8 << 20;
 
-    fn region() -> Result<Option<Arc<Region>>> {
+    /// The first byte of the range, unless there is none, and the test is skipped.
+    pub(crate) fn start() -> Result<Option<u64>> {
         let text = START.get()?;
         if text.is_empty() {
             kunit::skip();
             return Ok(None);
         }
-        let start = size::parse(text).map_err(|_| EINVAL)?;
+        Ok(Some(size::parse(text).map_err(|_| EINVAL)?))
+    }
+
+    fn region() -> Result<Option<Arc<Region>>> {
+        let Some(start) = start()? else {
+            return Ok(None);
+        };
         let region = Region::new(start, SIZE, c"pmem_kunit")?;
         Ok(Some(Arc::new(region, GFP_KERNEL)?))
     }

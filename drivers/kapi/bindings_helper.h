@@ -73,6 +73,10 @@ PMEM_CONST(blk_opf_t, REQ_PREFLUSH);
 PMEM_CONST(blk_opf_t, REQ_NOWAIT);
 PMEM_CONST(blk_opf_t, REQ_NOUNMAP);
 PMEM_CONST(blk_opf_t, REQ_FUA);
+#if IS_BUILTIN(CONFIG_KUNIT)
+PMEM_CONST(blk_mode_t, BLK_OPEN_READ);
+PMEM_CONST(blk_mode_t, BLK_OPEN_WRITE);
+#endif
 
 bool pmem_helper_cpu_has_clwb(void);
 bool pmem_helper_cpu_has_clflushopt(void);

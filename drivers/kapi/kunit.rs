@@ -4,6 +4,7 @@
 //!
 //! C header: [`include/kunit/test.h`](srctree/include/kunit/test.h)
 
+pub(crate) mod block;
 #[cfg(CONFIG_VIRTIO)]
 pub(crate) mod virtio;
 

@@ -335,6 +335,11 @@ pub(crate) struct Host {
 }
 
 impl Host {
+    /// What the device is.
+    pub(crate) fn setup(&self) -> Setup {
+        self.setup
+    }
+
     /// The device's status, see [`status`].
     pub(crate) fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
