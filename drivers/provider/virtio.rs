@@ -214,7 +214,7 @@ impl Host for Line {
 }
 
 /// What users are to do when the host cannot be asked any more.
-const BROKEN: &str = "flushes fail, until the device is bound anew";
+const BROKEN: &str = "flushes fail, until it is reset or bound anew";
 
 /// The range of `device`.
 fn range(device: &Device) -> Result<PhysRange> {

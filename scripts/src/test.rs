@@ -220,9 +220,16 @@ impl Suite<'_> {
         *tally += Tally::of(passed);
 
         let root = Root::ensure(&self.progress)?;
-        let kernel = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress)?;
-        module::clippy(&kernel, &root, &self.progress)?;
-        *tally += Tally::of(true);
+        let mut flavours = vec![self.first(Flavour::Cloud)];
+        if self.args.flavour.is_empty() {
+            // With what only KUnit needs.
+            flavours.push(Flavour::Test);
+        }
+        for flavour in flavours {
+            let kernel = Kernel::ensure(flavour, &root, &self.progress)?;
+            module::clippy(&kernel, &root, &self.progress)?;
+            *tally += Tally::of(true);
+        }
         Ok(())
     }
 
@@ -272,7 +279,7 @@ impl Suite<'_> {
         vm.keep_console();
         let parameters = "pmem_start=4G pmem_size=64M pmem_kunit_start=0x110000000 \
                           kmem_kunit_start=0x120000000";
-        vm.insmod(PMEM_KO, parameters)?
+        vm.insmod_for(PMEM_KO, parameters, SUITES)?
             .context("the module does not load")?;
         let log = exec::log_path("kunit-dmesg")?;
         let dmesg = vm.dmesg()?;
@@ -338,6 +345,9 @@ impl Suite<'_> {
         }
     }
 }
+
+/// How long all suites may take, which run while the module is loaded: one of them waits for half a minute.
+const SUITES: Duration = Duration::from_secs(400);
 
 /// The package of the VM tests.
 const VM_TESTS: &str = "vm-tests";

@@ -731,11 +731,21 @@ impl Vm {
 
     /// Loads a module. The kernel's refusal is the inner result.
     pub fn insmod(&self, path: &str, params: &str) -> Result<Result<(), Errno>> {
+        self.insmod_for(path, params, COMMAND)
+    }
+
+    /// As [`Vm::insmod`], with `timeout`.
+    pub fn insmod_for(
+        &self,
+        path: &str,
+        params: &str,
+        timeout: Duration,
+    ) -> Result<Result<(), Errno>> {
         let request = Request::Insmod {
             path: path.to_owned(),
             params: params.to_owned(),
         };
-        Ok(self.ask(request, COMMAND)?.map(drop))
+        Ok(self.ask(request, timeout)?.map(drop))
     }
 
     /// Unloads a module. The kernel's refusal is the inner result.
