@@ -23,6 +23,7 @@ use crate::{
         Rounds, //
     },
 };
+use core::mem;
 use kernel::{
     new_condvar,
     new_spinlock_irq,
@@ -31,6 +32,12 @@ use kernel::{
         Arc,
         CondVar,
         SpinLockIrq, //
+    },
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
     },
     workqueue::WorkItem, //
 };
@@ -71,6 +78,8 @@ pub(super) struct Flushes {
 
 struct State {
     rounds: Rounds<List>,
+    /// Bios that arrive while the host is not to be asked anything new.
+    held: Option<List>,
     /// Bios whose PREFLUSH is done, and whose data is to be written.
     ready: List,
     /// How many bios have begun to wait and are not completed.
@@ -89,6 +98,7 @@ impl Flushes {
                 queue,
                 state <- new_spinlock_irq!(State {
                     rounds: Rounds::new(),
+                    held: None,
                     ready: List::default(),
                     waiting: 0,
                 }),
@@ -102,6 +112,9 @@ impl Flushes {
     pub(super) fn arrive(&self, bio: Bio, new: bool) {
         let mut state = self.state.lock();
         state.waiting = state.waiting.wrapping_add(new.into());
+        if let Some(held) = &mut state.held {
+            return held.append(bio.into());
+        }
         let failed = match state.rounds.arrive(bio.into()) {
             Arrival::Send => self.send(&mut state),
             Arrival::Wait => return,
@@ -188,15 +201,27 @@ impl PmemDevice {
     /// [`PmemDevice::resume_flushes`].
     pub(crate) fn fail_flushes(&self) {
         if let Some(flushes) = &self.flushes {
-            let failed = flushes.state.lock().rounds.fail();
+            let mut state = flushes.state.lock();
+            let mut failed = state.rounds.fail();
+            failed.append(state.held.take().unwrap_or_default());
+            drop(state);
             flushes.end(failed, Status::IOERR);
         }
     }
 
-    /// The host is about to forget the request that it has: all wait until
-    /// [`PmemDevice::resume_flushes`].
+    /// The host is about to forget the request that it has: it is given some time to answer, and then
+    /// all wait until [`PmemDevice::resume_flushes`].
     pub(crate) fn pause_flushes(&self) {
+        const PATIENCE: Delta = Delta::from_secs(10);
+        const PAUSE: Delta = Delta::from_millis(1);
+
         if let Some(flushes) = &self.flushes {
+            // Who waits already is answered by two requests at most.
+            flushes.state.lock().held.get_or_insert_default();
+            let began = Instant::<Monotonic>::now();
+            while !flushes.state.lock().rounds.is_idle() && began.elapsed() < PATIENCE {
+                fsleep(PAUSE);
+            }
             flushes.state.lock().rounds.pause();
         }
     }
@@ -205,11 +230,24 @@ impl PmemDevice {
     pub(crate) fn resume_flushes(&self) {
         if let Some(flushes) = &self.flushes {
             let mut state = flushes.state.lock();
-            if state.rounds.resume() {
-                let failed = flushes.send(&mut state);
-                drop(state);
-                flushes.end(failed, Status::IOERR);
+            let mut send = false;
+            let mut failed = state.held.take().unwrap_or_default();
+            // Before and after: with those who wait already, or when it is not broken any more.
+            for resumes in [true, false] {
+                if !failed.is_empty() {
+                    match state.rounds.arrive(mem::take(&mut failed)) {
+                        Arrival::Send => send = true,
+                        Arrival::Wait => {}
+                        Arrival::Fail(refused) => failed = refused,
+                    }
+                }
+                send |= resumes && state.rounds.resume();
             }
+            if send {
+                failed.append(flushes.send(&mut state));
+            }
+            drop(state);
+            flushes.end(failed, Status::IOERR);
         }
     }
 

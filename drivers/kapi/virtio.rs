@@ -98,7 +98,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// What is sent to the host.
     type Request: AsBytes + Send;
     /// What it answers.
-    type Response: FromBytes + Default + Copy + Send;
+    type Response: FromBytes + Copy + Send;
 
     /// What is common to all devices.
     type Context: Send + Sync;
@@ -139,7 +139,8 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// [`Driver::start`], and until [`Driver::unbind`] and [`Driver::pause`] have returned.
     fn notified(&self);
 
-    /// The host will not answer this one: the device is being reset, or goes.
+    /// The host must not answer this one any more: the device was reset. One that does all the same
+    /// writes to the buffer, wherever that is then.
     fn returned(&self, buffer: KBox<Buffer<Self::Request, Self::Response>>);
 
     /// The device says that it does nothing until it is reset. May sleep.
@@ -219,6 +220,7 @@ impl Device {
 /// A request that can be sent, and room for what the host answers.
 pub(crate) struct Buffer<O, I> {
     request: O,
+    unanswered: I,
     response: Writable<I>,
 }
 
@@ -227,15 +229,20 @@ pub(crate) struct Buffer<O, I> {
 #[repr(C, align(128))]
 struct Writable<I>(I);
 
-impl<O: AsBytes, I: FromBytes + Default + Copy> Buffer<O, I> {
-    /// Makes one.
+impl<O: AsBytes, I: FromBytes + Copy> Buffer<O, I> {
+    /// Makes one. Until the host has written a response, that is `unanswered`, each time that it is
+    /// sent. Does not sleep.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(request: O) -> Result<KBox<Self>> {
-        let response = Writable(I::default());
-        Ok(KBox::new(Buffer { request, response }, GFP_KERNEL)?)
+    pub(crate) fn new(request: O, unanswered: I) -> Result<KBox<Self>> {
+        let buffer = Buffer {
+            request,
+            unanswered,
+            response: Writable(unanswered),
+        };
+        Ok(KBox::new(buffer, GFP_ATOMIC)?)
     }
 }
 
@@ -282,7 +289,7 @@ struct Vq(NonNull<bindings::virtqueue>);
 // SAFETY: A queue belongs to no thread, only to who has the lock.
 unsafe impl Send for Vq {}
 
-impl<O: AsBytes, I: FromBytes> Queue<O, I> {
+impl<O: AsBytes, I: FromBytes + Copy> Queue<O, I> {
     fn from_shared(shared: Arc<Shared>) -> Self {
         Queue {
             shared,
@@ -298,7 +305,8 @@ impl<O: AsBytes, I: FromBytes> Queue<O, I> {
     /// - `EIO`: the queue is broken.
     /// - `ENOSPC`: it is full.
     /// - `ENOMEM`: the buffer cannot be mapped for the device.
-    pub(crate) fn send(&self, buffer: KBox<Buffer<O, I>>) -> Result<(), Unsent<O, I>> {
+    pub(crate) fn send(&self, mut buffer: KBox<Buffer<O, I>>) -> Result<(), Unsent<O, I>> {
+        buffer.response.0 = buffer.unanswered;
         let guard = self.shared.queue.lock();
         let Some(Vq(queue)) = &*guard else {
             return Err(Unsent {
@@ -585,7 +593,7 @@ impl<T: Driver> Bound<T> {
         // returns.
         unsafe {
             Self::set(device, null());
-            Self::detach(device, &self.shared, None);
+            Self::detach(device, &self.shared, Some(&self.driver));
         }
     }
 

@@ -61,6 +61,7 @@ use crate::{
     },
     reserve::Place, //
 };
+use core::mem::forget;
 use kernel::{
     device_id::IdArray,
     impl_has_work,
@@ -108,6 +109,9 @@ const SIZE: u32 = 8;
 
 /// The request: make all durable.
 const FLUSH: [u8; 4] = 0u32.to_le_bytes();
+
+/// What the host has not written: no answer that it could give.
+const UNANSWERED: [u8; 4] = u32::MAX.to_le_bytes();
 
 /// How long the host may take for a flush of a device that goes, in milliseconds. It may have to write
 /// a lot; but if it does not answer any more, nobody must wait for ever.
@@ -200,18 +204,20 @@ struct Line {
 
 impl Host for Line {
     fn send(&self) -> Result {
-        let flush = self.flush.lock().take().ok_or(EIO)?;
-        self.queue.send(flush).map_err(|Unsent { error, buffer }| {
+        let flush = self.flush.lock().take().ok_or(ENOMEM);
+        let sent = flush.and_then(|flush| {
+            self.queue.send(flush).map_err(|Unsent { error, buffer }| {
+                *self.flush.lock() = buffer;
+                error
+            })
+        });
+        sent.inspect_err(|error| {
             pr_err!(
                 "{}: the host cannot be asked to flush ({:?}); {}\n",
                 &*self.name,
                 error,
                 BROKEN
             );
-            if let Some(flush) = buffer {
-                *self.flush.lock() = Some(flush);
-            }
-            error
         })
     }
 }
@@ -284,7 +290,7 @@ impl virtio::Driver for VirtioPmem {
             pr_err!("{}: {}: {}\n", device.name(), range, unusable);
             unusable.errno()
         })?;
-        let flush = Buffer::new(FLUSH)?;
+        let flush = Buffer::new(FLUSH, UNANSWERED)?;
         let line = Arc::pin_init(
             try_pin_init!(Line {
                 name: CString::try_from_fmt(fmt!("{}", device.name()))?,
@@ -340,8 +346,11 @@ impl virtio::Driver for VirtioPmem {
         }
     }
 
+    /// QEMU answers a request also after a reset, when its `fsync` ends: it then writes to the buffer,
+    /// and its answer is taken for that to the request that is sent next. So nobody gets this buffer any
+    /// more, and the next one is not answered by what is written here.
     fn returned(&self, buffer: KBox<Flush>) {
-        *self.line.flush.lock() = Some(buffer);
+        forget(buffer);
     }
 
     fn needs_reset(&self) {
@@ -355,6 +364,10 @@ impl virtio::Driver for VirtioPmem {
     }
 
     fn resume(&self) {
+        if self.line.flush.lock().is_none() {
+            // Without one, flushes fail, and the log says so.
+            *self.line.flush.lock() = Buffer::new(FLUSH, UNANSWERED).ok();
+        }
         if let Some(device) = self.device.as_ref() {
             device.resume_flushes();
         }

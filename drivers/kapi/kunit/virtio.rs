@@ -1083,7 +1083,7 @@ mod tests {
 
     impl Tester {
         fn send(&self, words: [u32; 2]) -> Result {
-            let sent = self.queue.send(Buffer::new(Order::new(words))?);
+            let sent = self.queue.send(Buffer::new(Order::new(words), [0; 2])?);
             sent.map_err(|unsent| unsent.error)
         }
     }
@@ -1447,7 +1447,7 @@ mod tests {
     fn an_answer_that_is_too_short_is_none() -> Result {
         let bench = Bench::new()?;
         let (device, tester) = bench.take(PLAIN)?;
-        let mut buffer = Buffer::new(Order::new([1, 2]))?;
+        let mut buffer = Buffer::new(Order::new([1, 2]), [0; 2])?;
         let whole = [
             (0, false),
             (4, false),
@@ -1574,9 +1574,11 @@ mod tests {
         drop(device);
         drop(bench);
         assert_eq!(tester.send([3, 4]), Err(ENODEV));
-        assert_eq!(EVENTS.forgotten.get(), 3);
+        assert_eq!(EVENTS.forgotten.get(), 2);
         assert_eq!(EVENTS.dropped.get(), 0);
+        // What was returned to it.
         drop(tester);
+        assert_eq!(EVENTS.forgotten.get(), 3);
         assert_eq!(EVENTS.dropped.get(), 1);
         Ok(())
     }
