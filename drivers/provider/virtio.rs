@@ -314,8 +314,7 @@ impl virtio::Driver for VirtioPmem {
     }
 
     fn start(this: ArcBorrow<'_, Self>, context: &Context, _device: &Device) -> Result {
-        let prepared = this.prepare(context)?;
-        let (number, disk) = prepared;
+        let (number, disk) = this.prepare(context)?;
         this.device.populate(disk.data().clone());
         let debugfs =
             PmemDevice::debugfs(disk.data(), context.debugfs.clone(), fmt!("pmem{}", number))?;
@@ -329,7 +328,14 @@ impl virtio::Driver for VirtioPmem {
 
     fn notified(&self) {
         while let Some(used) = self.line.queue.receive() {
-            let durable = used.response().map(u32::from_le_bytes) == Some(0);
+            let response = used.response();
+            if response == Some(UNANSWERED) {
+                // The request is at the host yet, see `returned()`; its answer would be the next one's.
+                forget(used.buffer);
+                self.fail("the host has answered what it was not asked");
+                continue;
+            }
+            let durable = response.map(u32::from_le_bytes) == Some(0);
             *self.line.flush.lock() = Some(used.buffer);
             if !durable {
                 pr_err!(

@@ -479,7 +479,7 @@ mod suite {
         };
         let answers: [(&[u8], u32); 7] = [
             (&[1, 0, 0, 0], 4),
-            (&[0xff; 4], 4),
+            (&[0xff, 0xff, 0xff, 0x7f], 4),
             (&[0, 0, 0, 1], 4),
             (&DONE, 0),
             (&DONE, 1),
@@ -516,6 +516,8 @@ mod suite {
     type Failure = fn(&Served, &Request) -> Result;
 
     const FAILURES: &[Failure] = &[
+        // It gives the answer to another request: what it has written is elsewhere.
+        |served, request| served.device.answer(request, &[], 4),
         // It says so.
         |served, _| {
             served.device.need_reset();
