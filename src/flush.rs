@@ -175,3 +175,84 @@ impl<B: Batch> Rounds<B> {
         all
     }
 }
+
+#[cfg_attr(CONFIG_RUST, kernel::macros::kunit_tests(pmem_flush))]
+#[cfg(any(test, CONFIG_KUNIT = "y"))]
+mod tests {
+    use super::*;
+
+    /// Flushes, each a bit.
+    #[derive(Debug, Default, PartialEq, Eq)]
+    struct Bits(u32);
+
+    impl Batch for Bits {
+        fn is_empty(&self) -> bool {
+            self.0 == 0
+        }
+
+        fn append(&mut self, later: Self) {
+            assert_eq!(self.0 & later.0, 0);
+            self.0 |= later.0;
+        }
+    }
+
+    #[test]
+    fn who_arrives_meanwhile_shares_the_next() {
+        let mut rounds = Rounds::new();
+        assert!(rounds.arrive(Bits(1)) == Arrival::Send);
+        for bit in 1..32 {
+            assert!(rounds.arrive(Bits(1 << bit)) == Arrival::Wait);
+        }
+        // Only the one that was there when the request was sent.
+        assert!(rounds.answered() == (Bits(1), true));
+        assert!(rounds.arrive(Bits(1)) == Arrival::Wait);
+        assert!(rounds.answered() == (Bits(!1), true));
+        assert!(rounds.answered() == (Bits(1), false));
+        assert_eq!(rounds.sent(), 3);
+        assert!(rounds.is_idle());
+    }
+
+    #[test]
+    fn an_answer_to_nothing_is_nobodys() {
+        let mut rounds: Rounds<Bits> = Rounds::new();
+        assert!(rounds.answered() == (Bits(0), false));
+        rounds.pause();
+        assert!(rounds.arrive(Bits(1)) == Arrival::Wait);
+        assert!(rounds.answered() == (Bits(0), false));
+        assert!(rounds.fail() == Bits(1));
+        assert!(rounds.answered() == (Bits(0), false));
+    }
+
+    #[test]
+    fn a_pause_loses_nobody() {
+        let mut rounds = Rounds::new();
+        assert!(rounds.arrive(Bits(1)) == Arrival::Send);
+        assert!(rounds.arrive(Bits(2)) == Arrival::Wait);
+        rounds.pause();
+        assert!(rounds.arrive(Bits(4)) == Arrival::Wait);
+        assert!(rounds.resume());
+        assert!(rounds.arrive(Bits(8)) == Arrival::Wait);
+        assert!(rounds.answered() == (Bits(7), true));
+        assert!(rounds.answered() == (Bits(8), false));
+        // Nobody waits.
+        rounds.pause();
+        assert!(!rounds.resume());
+        assert!(!rounds.resume());
+    }
+
+    #[test]
+    fn all_fail_once() {
+        let mut rounds = Rounds::new();
+        assert!(rounds.arrive(Bits(1)) == Arrival::Send);
+        assert!(rounds.arrive(Bits(2)) == Arrival::Wait);
+        assert!(rounds.fail() == Bits(3));
+        assert!(rounds.fail() == Bits(0));
+        assert!(rounds.arrive(Bits(4)) == Arrival::Fail(Bits(4)));
+        // Until it is good again.
+        rounds.pause();
+        assert!(rounds.arrive(Bits(4)) == Arrival::Fail(Bits(4)));
+        assert!(!rounds.resume());
+        assert!(rounds.arrive(Bits(4)) == Arrival::Send);
+        assert!(rounds.answered() == (Bits(4), false));
+    }
+}
