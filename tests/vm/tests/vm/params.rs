@@ -395,6 +395,16 @@ fn modinfo_tells_all() -> Result<()> {
             &["memmap=nn!ss", "nd_e820", "0 or 1", "Default: 0", "(charp)"],
         ),
         (
+            "parm:           pmem_virtio:",
+            &[
+                "virtio-pmem",
+                "other driver",
+                "0 or 1",
+                "Default: 1",
+                "(charp)",
+            ],
+        ),
+        (
             "parm:           pmem_first:",
             &["/dev/pmemN", "Default: 0", "Example: 1", "(charp)"],
         ),
