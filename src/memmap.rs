@@ -288,18 +288,8 @@ impl<'a> Config<'a> {
     /// # Ok::<(), pmem_core::memmap::Error<'_>>(())
     /// ```
     pub fn new(params: Params<'a>) -> Result<Self, Error<'a>> {
-        let e820 = word(
-            "pmem_e820",
-            params.e820,
-            "1 or 0",
-            [("1", true), ("0", false)],
-        )?;
-        let virtio = word(
-            "pmem_virtio",
-            params.virtio,
-            "1 or 0",
-            [("1", true), ("0", false)],
-        )?;
+        let e820 = switch("pmem_e820", params.e820)?;
+        let virtio = switch("pmem_virtio", params.virtio)?;
         if is_nothing(&params) && !e820 && !virtio {
             return Err(Error::NoRange);
         }
@@ -354,12 +344,7 @@ impl<'a> Config<'a> {
                 .ok_or(Error::TooManyDisks)?;
         }
 
-        let memmap_force = word(
-            "pmem_memmap_force",
-            params.memmap_force,
-            "1 or 0",
-            [("1", true), ("0", false)],
-        )?;
+        let memmap_force = switch("pmem_memmap_force", params.memmap_force)?;
         let config = Config {
             params,
             logical_block_size,
@@ -449,6 +434,11 @@ pub(super) fn one_or_each(list: &str) -> impl Iterator<Item = &str> {
 /// Whether no range is given.
 fn is_nothing(params: &Params<'_>) -> bool {
     params.start.trim_end().is_empty() && params.size.trim_end().is_empty()
+}
+
+/// Reads whether something is to be.
+fn switch<'a>(param: &'static str, value: &'a str) -> Result<bool, Error<'a>> {
+    word(param, value, "1 or 0", [("1", true), ("0", false)])
 }
 
 /// Reads one of `words`, each with what it means; `all` has them as in a sentence.

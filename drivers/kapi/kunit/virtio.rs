@@ -887,6 +887,15 @@ impl Drop for Simulated {
         unsafe { bindings::unregister_virtio_device(self.device.as_ptr()) };
     }
 }
+/// How a device is made to forget all, and usable again.
+type Way = (fn(&Simulated) -> Result, fn(&Simulated) -> Result);
+
+/// All there are.
+pub(crate) const WAYS: &[Way] = &[
+    (Simulated::reset_prepare, Simulated::reset_done),
+    #[cfg(CONFIG_PM_SLEEP)]
+    (Simulated::freeze, Simulated::restore),
+];
 
 #[kernel::macros::kunit_tests(pmem_virtio_bus)]
 mod tests {
@@ -1614,15 +1623,6 @@ mod tests {
         assert!(is_gone(&host));
         Ok(())
     }
-
-    /// How a device is made to forget all, and usable again.
-    type Way = (fn(&Simulated) -> Result, fn(&Simulated) -> Result);
-
-    const WAYS: &[Way] = &[
-        (Simulated::reset_prepare, Simulated::reset_done),
-        #[cfg(CONFIG_PM_SLEEP)]
-        (Simulated::freeze, Simulated::restore),
-    ];
 
     #[test]
     fn after_a_reset_it_begins_anew() -> Result {

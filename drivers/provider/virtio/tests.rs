@@ -24,7 +24,8 @@ mod suite {
                 Request,
                 Setup,
                 Simulated,
-                VERSION_1, //
+                VERSION_1,
+                WAYS, //
             }, //
         },
         pmem_core::extent::Sector, //
@@ -589,15 +590,6 @@ mod suite {
         assert!(served.end(drop)?);
         Ok(())
     }
-
-    /// How a device is made to forget all, and usable again.
-    type Way = (fn(&Simulated) -> Result, fn(&Simulated) -> Result);
-
-    const WAYS: &[Way] = &[
-        (Simulated::reset_prepare, Simulated::reset_done),
-        #[cfg(CONFIG_PM_SLEEP)]
-        (Simulated::freeze, Simulated::restore),
-    ];
 
     #[test]
     fn what_waits_is_sent_again_after_a_reset() -> Result {
