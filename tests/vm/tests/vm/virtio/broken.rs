@@ -183,6 +183,15 @@ fn is_good(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
+/// Loads the driver, and breaks the device while the host has its second request: all who wait for it end.
+fn break_under_waiters(vm: &Vm) -> Result<()> {
+    serve(vm)?;
+    vm.sh("sync /dev/pmem0")?;
+    start_waiters(vm, 2)?;
+    break_queue(vm)?;
+    end_waiters(vm, 5)
+}
+
 /// A device that says that it is broken does not answer any more: who waits must not wait for ever.
 #[test]
 fn a_device_that_needs_a_reset_fails_flushes_until_it_has_one() -> Result<()> {
@@ -190,11 +199,7 @@ fn a_device_that_needs_a_reset_fails_flushes_until_it_has_one() -> Result<()> {
     let slow = Fault::Delay(Duration::from_secs(20));
     let machine = machine(&memory)?.flush_fault(slow, 2, Some(2));
     boot(machine, |vm| {
-        serve(vm)?;
-        vm.sh("sync /dev/pmem0")?;
-        start_waiters(vm, 2)?;
-        break_queue(vm)?;
-        end_waiters(vm, 5)?;
+        break_under_waiters(vm)?;
         ensure!(
             vm.flushes()?.iter().any(|flush| flush.ended.is_none()),
             "the host has answered meanwhile"
@@ -231,11 +236,7 @@ fn a_late_answer_is_not_taken_for_another_one() -> Result<()> {
     let slow = Fault::Delay(Duration::from_secs(12));
     let machine = machine(&memory)?.flush_fault(slow, 2, Some(4));
     boot(machine, |vm| {
-        serve(vm)?;
-        vm.sh("sync /dev/pmem0")?;
-        start_waiters(vm, 2)?;
-        break_queue(vm)?;
-        end_waiters(vm, 5)?;
+        break_under_waiters(vm)?;
         let device = unbind(vm, DRIVER)?;
         bind(vm, DRIVER, &device)?;
         // The second one could be given the answer to the first one.
