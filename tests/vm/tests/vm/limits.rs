@@ -5,7 +5,7 @@
 use super::lifecycle::check_leaks;
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
-use vm_tests::{boot, load, log, stock, unload, Trace, Use, GIB, MIB, UPPER};
+use vm_tests::{boot, free, load, log, stock, unload, Trace, Use, GIB, MIB, UPPER};
 use xtask::vm::{Vm, PMEM_KO};
 
 const ENOMEM: i32 = 12;
@@ -61,13 +61,9 @@ fn a_large_range_and_a_low_one() -> Result<()> {
         .range(Use::Reserved, UPPER, 64 * GIB)
         .range(Use::Reserved, GIB, 256 * MIB);
     boot(machine, |vm| {
-        let free = || -> Result<u64> {
-            let kib = vm.sh("sed -n 's/^MemFree: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
-            Ok(kib.trim().parse::<u64>()? << 10)
-        };
-        let before = free()?;
+        let before = free(vm)?;
         load(vm, "pmem_start=4G,1G pmem_size=64G,256M")?;
-        let struct_pages = before.saturating_sub(free()?);
+        let struct_pages = before.saturating_sub(free(vm)?);
         assert!(struct_pages > 900 * MIB, "{struct_pages}");
         for (disk, size) in [("pmem0", 64 * GIB), ("pmem1", 256 * MIB)] {
             let sectors = vm.text(&format!("/sys/block/{disk}/size"))?;
@@ -80,7 +76,7 @@ fn a_large_range_and_a_low_one() -> Result<()> {
              umount /mnt/a && e2fsck -fn /dev/pmem0",
         )?;
         unload(vm)?;
-        let lost = before.saturating_sub(free()?);
+        let lost = before.saturating_sub(free(vm)?);
         assert!(lost < 128 * MIB, "{lost} bytes are lost");
         Ok(())
     })

@@ -7,17 +7,10 @@ use anyhow::{bail, ensure, Context, Result};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use vm_tests::{boot, load, log, stock, unload, Persistent, Trace, GIB, MIB};
+use vm_tests::{boot, free, load, log, stock, unload, Persistent, Trace, GIB, MIB};
 use xtask::vm::{Vm, PMEM_KO};
 
 const EINVAL: i32 = 22;
-
-/// What is free of ordinary memory, in bytes, after what is waiting to be freed was.
-fn free(vm: &Vm) -> Result<u64> {
-    let kib = vm.sh("sync; echo 3 >/proc/sys/vm/drop_caches; sleep 1
-         awk '$1 == \"MemFree:\" { print $2 }' /proc/meminfo")?;
-    Ok(kib.trim().parse::<u64>()? << 10)
-}
 
 /// The size of a disk in bytes.
 fn size(vm: &Vm, disk: &str) -> Result<u64> {
