@@ -384,14 +384,18 @@ impl<'a> Builder<'a> {
     /// Boots the machine, and waits until it does what it is told.
     pub fn start(self) -> Result<Vm> {
         match self.launch() {
-            // Emulated on a busy host, a kernel once in a long while stops early in its boot. Whether it boots at all
-            // is asked with the accelerator given.
+            // Emulated on a busy host, a kernel once in a long while stops early in its boot, or QEMU does, when one CPU
+            // changes where a device is while another one accesses memory. Whether it boots at all is asked with the
+            // accelerator given.
             Err(error)
                 if self.accelerator.is_none()
-                    && matches!(error.downcast_ref(), Some(Silence::TimedOut)) =>
+                    && matches!(
+                        error.downcast_ref(),
+                        Some(Silence::TimedOut | Silence::Crashed)
+                    ) =>
             {
                 self.progress.line(&format!(
-                    "{}: the kernel hangs in its boot; trying once more",
+                    "{}: it does not boot; trying once more: {error:#}",
                     self.name
                 ));
                 self.launch()
@@ -618,11 +622,16 @@ impl Vm {
     }
 
     fn silent(&self, what: &str, silence: Silence, timeout: Duration) -> anyhow::Error {
+        let qemu = self.file("qemu");
+        let silence = match silence {
+            Silence::Ended if qemu.contains("Assertion `") => Silence::Crashed,
+            silence => silence,
+        };
         let why = match silence {
             Silence::Ended => "the machine stopped".to_owned(),
+            Silence::Crashed => "QEMU has crashed".to_owned(),
             Silence::TimedOut => format!("the guest did not answer within {} s", timeout.as_secs()),
         };
-        let qemu = self.file("qemu");
         let qemu = if qemu.is_empty() {
             String::new()
         } else {

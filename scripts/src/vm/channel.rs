@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 pub enum Silence {
     /// The machine has ended.
     Ended,
+    /// QEMU has, by a bug of its own.
+    Crashed,
     /// The time is up.
     TimedOut,
 }
@@ -27,6 +29,7 @@ impl fmt::Display for Silence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Silence::Ended => "ended",
+            Silence::Crashed => "crashed",
             Silence::TimedOut => "timed out",
         })
     }
