@@ -33,7 +33,7 @@ const FLAVOURS: [Flavour; 4] = [
 
 /// Runs every test: format, lints, host, KUnit and VM tests.
 ///
-/// Kernels are fetched and built on the first run, which takes about half an hour on two cores.
+/// Kernels are fetched and built on the first run, which takes about a quarter of an hour on two cores.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Run the host and VM tests with this in their names, and nothing else.

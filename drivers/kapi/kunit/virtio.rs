@@ -887,6 +887,7 @@ impl Drop for Simulated {
         unsafe { bindings::unregister_virtio_device(self.device.as_ptr()) };
     }
 }
+
 /// How a device is made to forget all, and usable again.
 type Way = (fn(&Simulated) -> Result, fn(&Simulated) -> Result);
 

@@ -190,14 +190,19 @@ pub fn unload(vm: &Vm) -> Result<()> {
     vm.rmmod("pmem")?.context("the driver does not unload")
 }
 
-/// The bytes of free memory, after caches were dropped: also those that CPUs keep for their next allocations, which
-/// MemFree of /proc/meminfo leaves out, and of which there are tens of MiB after a large range is gone.
-pub fn free(vm: &Vm) -> Result<u64> {
+/// The pages that are free: also those that CPUs keep for their next allocations, which MemFree of /proc/meminfo leaves
+/// out, and of which there are tens of MiB after a large range is gone.
+pub fn free_pages(vm: &Vm) -> Result<u64> {
     let pages = vm.sh(
-        "sync; echo 3 >/proc/sys/vm/drop_caches; sleep 1
-         awk '$1 == \"pages\" && $2 == \"free\" { n += $3 } $1 == \"count:\" { n += $2 } END { print n }' /proc/zoneinfo",
+        "awk '$1 == \"pages\" && $2 == \"free\" { n += $3 } $1 == \"count:\" { n += $2 } END { print n }' /proc/zoneinfo",
     )?;
-    Ok(pages.trim().parse::<u64>()? * 4096)
+    Ok(pages.trim().parse()?)
+}
+
+/// The bytes of free memory, after caches were dropped.
+pub fn free(vm: &Vm) -> Result<u64> {
+    vm.sh("sync; echo 3 >/proc/sys/vm/drop_caches; sleep 1")?;
+    Ok(free_pages(vm)? * 4096)
 }
 
 /// What the driver has logged, without times and the prefix.

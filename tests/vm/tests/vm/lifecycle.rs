@@ -5,7 +5,7 @@
 use anyhow::{ensure, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
-use vm_tests::{boot, load, stock, unload, Trace};
+use vm_tests::{boot, free_pages, load, stock, unload, Trace};
 use xtask::vm::{Vm, PMEM_KO};
 
 const EAGAIN: i32 = 11;
@@ -61,11 +61,8 @@ fn memory(vm: &Vm) -> Result<BTreeMap<String, i64>> {
             .and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
             .unwrap_or(0)
     };
-    // What CPUs keep for the next allocation of pages is free as well.
-    let kept = vm.sh("grep -E '^ +count:' /proc/zoneinfo | sed 's/.*: *//'")?;
-    let kept: i64 = kept.lines().filter_map(|n| n.parse::<i64>().ok()).sum();
-    let used = kib("VmallocUsed:") + kib("Percpu:") + kib("PageTables:") - kib("MemFree:");
-    active.insert("pages".to_owned(), used / 4 - kept);
+    let used = kib("VmallocUsed:") + kib("Percpu:") + kib("PageTables:");
+    active.insert("pages".to_owned(), used / 4 - free_pages(vm)? as i64);
     Ok(active)
 }
 
