@@ -6,6 +6,10 @@
 
 use pmem_core::persist::{
     model::Memory,
+    words::{
+        Bus,
+        Words, //
+    },
     Cache,
     CopyPolicy,
     Persist, //
@@ -263,6 +267,85 @@ fn what_was_overwritten_in_part_and_made_durable_does_not_come_back() {
     let halves: BTreeSet<_> = memory.crash_images(100, 0).collect();
     let [old, new] = [[2, 2, 2, 2, 4, 4, 4, 4], [3, 3, 3, 3, 4, 4, 4, 4]];
     assert_eq!(halves, [old.to_vec(), new.to_vec()].into());
+}
+
+#[test]
+fn behind_a_bus_a_fence_posts_and_a_load_of_any_cpu_pushes() {
+    for mode in MODES {
+        let memory = Memory::new(24).behind_bus();
+        let [own, other] = [0, 1].map(|cpu| Words::on(memory.cpu(cpu)));
+        let all = BTreeSet::from([vec![0, 0, 0], vec![1, 0, 0]]);
+
+        put(&memory, mode, 0, 1);
+        assert_eq!(images(&memory), all);
+
+        // It is not out of its CPU, so that what another one does is nothing to it.
+        other.fence();
+        assert!(other.drain(memory.slice(), 0).is_some());
+        assert_eq!(images(&memory), all);
+
+        own.fence();
+        assert_eq!(images(&memory), all);
+        own.fence();
+        assert_eq!(images(&memory), all);
+
+        // Where it is read does not matter, nor what is not posted yet.
+        put(&memory, mode, 1, 2);
+        assert!(other.drain(memory.slice(), 16).is_some());
+        assert_eq!(images(&memory), [vec![1, 0, 0], vec![1, 2, 0]].into());
+
+        assert!(own.drain(memory.slice(), 16).is_some());
+        assert_eq!(images(&memory), [vec![1, 2, 0]].into());
+        assert_eq!(memory.in_flight(), 0);
+    }
+}
+
+#[test]
+fn behind_a_bus_a_dirty_line_is_not_posted() {
+    let memory = Memory::new(16).behind_bus();
+    let words = Words::on(&memory);
+
+    memory.write(0, &[1; 8]);
+    assert!(words.drain(memory.slice(), 8).is_some());
+    assert_eq!(images(&memory), [vec![0, 0], vec![1, 0]].into());
+
+    write_back(&memory, 0);
+    assert!(words.drain(memory.slice(), 8).is_some());
+    assert_eq!(images(&memory), [vec![1, 0]].into());
+}
+
+#[test]
+fn behind_a_bus_a_plain_load_promises_nothing() {
+    let memory = Memory::new(16).behind_bus();
+    let words = Words::on(&memory);
+
+    // All but the last granule are loaded plainly.
+    stream(&memory, 0, 1);
+    words.fence();
+    let mut granule = 0_u64;
+    // SAFETY: The memory has the granule, and `granule` is one.
+    unsafe { (&memory).load_granules((&raw mut granule).cast(), memory.addr(0), 1) };
+    assert_eq!(granule, 0x0101_0101_0101_0101);
+    assert_eq!(images(&memory), [vec![0, 0], vec![1, 0]].into());
+}
+
+#[test]
+#[should_panic(expected = "is not a multiple of 8")]
+fn a_load_that_is_not_aligned_is_a_bug_of_the_test() {
+    let memory = Memory::new(16);
+    let mut granule = 0_u64;
+
+    // SAFETY: The memory has these bytes, and `granule` has as many.
+    unsafe { (&memory).load_granules((&raw mut granule).cast(), memory.addr(1), 1) };
+}
+
+#[test]
+#[should_panic(expected = "are not in this memory")]
+fn a_load_beyond_the_end_is_a_bug_of_the_test() {
+    let memory = Memory::new(12);
+
+    // SAFETY: There are bytes after those of the memory, in its last line.
+    unsafe { (&memory).load_through(memory.addr(8)) };
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! In other memory there is no dirty line, and a barrier is enough.
 
 use super::{
+    words::Bus,
     CpuFeatures,
     Machine,
     Source,
@@ -114,5 +115,46 @@ impl Machine for Generic {
         unsafe {
             core::arch::asm!("dsb st", options(nostack, preserves_flags));
         }
+    }
+}
+
+impl Bus for Generic {
+    #[inline]
+    unsafe fn load_granules(self, dst: *mut u8, src: *const u8, granules: usize) {
+        let src = src.cast::<u64>();
+        let dst = dst.cast::<Unaligned<u64>>();
+
+        wait_for_loads_and_stores();
+        for i in 0..granules {
+            // SAFETY: By the safety contract of this function, by which `src` is aligned; any
+            // address is for `Unaligned`.
+            unsafe {
+                let granule = src.wrapping_add(i).read_volatile();
+                dst.wrapping_add(i).write_volatile(Unaligned(granule));
+            }
+        }
+    }
+
+    #[inline]
+    unsafe fn load_through(self, src: *const u8) -> u64 {
+        wait_for_loads_and_stores();
+        // SAFETY: By the safety contract of this function.
+        let granule = unsafe { src.cast::<u64>().read_volatile() };
+        wait_for_loads_and_stores();
+
+        granule
+    }
+}
+
+/// Keeps the order of all loads and stores, as others see it, and on Arm waits until they are done:
+/// those of memory that is not cached have then got there.
+#[inline]
+fn wait_for_loads_and_stores() {
+    fence(Ordering::SeqCst);
+
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: It has no effect but order.
+    unsafe {
+        core::arch::asm!("dsb sy", options(nostack, preserves_flags));
     }
 }

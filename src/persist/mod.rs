@@ -15,6 +15,9 @@
 //!
 //! That is for a range that is cached write-back. In a range of another [mode](Cache), no store stays
 //! in a cache, so nothing is written back there.
+//!
+//! Memory behind a bus has [`Words`](words::Words) instead, which accesses it by whole granules alone, and waits
+//! until what it wrote has got there.
 
 #![allow(
     unsafe_code,
@@ -25,6 +28,7 @@ pub mod generic;
 #[cfg(not(CONFIG_RUST))]
 pub mod model;
 mod slice;
+pub mod words;
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;
 
@@ -535,11 +539,11 @@ impl<M: Machine> Persist<M> {
     }
 }
 
-/// Cuts `len` bytes from `dst` on into the bytes before the first whole granule, the whole granules,
+/// Cuts `len` bytes from `addr` on into the bytes before the first whole granule, the whole granules,
 /// and the bytes after them.
 #[inline]
-fn parts(dst: *mut u8, len: usize) -> (usize, usize, usize) {
-    let head = (dst.addr().wrapping_neg() % GRANULE).min(len);
+fn parts(addr: *const u8, len: usize) -> (usize, usize, usize) {
+    let head = (addr.addr().wrapping_neg() % GRANULE).min(len);
     let rest = len.wrapping_sub(head);
 
     (head, rest / GRANULE, rest % GRANULE)

@@ -20,6 +20,9 @@
 //! That is for memory that is cached write-back. To a CPU that has it [mapped](Cpu::mapped) with
 //! another mode, no store is dirty: each is on its way at once.
 //!
+//! Memory that is [behind a bus](Memory::behind_bus) has one more state: a fence only makes a store
+//! posted, and a load [through all](Bus::load_through), by any CPU, makes durable what is.
+//!
 //! The memory itself is the machine of one CPU, and [`Memory::cpu`] gives those of others. All see
 //! the same bytes, but a fence of one does not wait for what another has put on its way.
 //!
@@ -31,6 +34,7 @@
 extern crate std;
 
 use super::{
+    words::Bus,
     Cache,
     Machine,
     Source,
@@ -66,6 +70,8 @@ struct Store {
     mask: [bool; GRANULE],
     /// The CPUs that have put it on its way, a bit each: a fence of one of them makes it durable.
     on_its_way: u32,
+    /// Whether it is out of the CPUs and on the bus, where no fence waits for it.
+    is_posted: bool,
 }
 
 impl Store {
@@ -86,15 +92,27 @@ struct Media {
     durable: Vec<u8>,
     /// In the order of the program.
     in_flight: Vec<Store>,
+    is_behind_bus: bool,
 }
 
 impl Media {
-    /// Makes durable what the CPU of this bit has put on its way.
+    /// Makes durable what the CPU of this bit has put on its way, or just posted behind a bus.
     fn fence(&mut self, cpu: u32) {
+        if self.is_behind_bus {
+            for store in &mut self.in_flight {
+                store.is_posted |= store.on_its_way & cpu != 0;
+            }
+        } else {
+            self.settle(|store| store.on_its_way & cpu != 0);
+        }
+    }
+
+    /// Makes durable the stores that are `done`.
+    fn settle(&mut self, done: impl Fn(&Store) -> bool) {
         let mut left: Vec<Store> = Vec::new();
 
         for store in &self.in_flight {
-            let becomes_durable = store.on_its_way & cpu != 0;
+            let becomes_durable = done(store);
             // What is older cannot come back where it was overwritten.
             for older in left
                 .iter_mut()
@@ -163,8 +181,15 @@ impl Memory {
             media: RefCell::new(Media {
                 durable: image.to_vec(),
                 in_flight: Vec::new(),
+                is_behind_bus: false,
             }),
         }
+    }
+
+    /// The same memory, but behind a bus that posts stores.
+    pub fn behind_bus(mut self) -> Self {
+        self.media.get_mut().is_behind_bus = true;
+        self
     }
 
     /// The size in bytes.
@@ -279,6 +304,7 @@ impl Memory {
                 bytes: [0; GRANULE],
                 mask: [false; GRANULE],
                 on_its_way,
+                is_posted: false,
             };
             while at < offset + len && at / GRANULE == store.granule {
                 let byte = match src.skip(at - offset) {
@@ -345,6 +371,18 @@ impl Machine for &Memory {
 
     fn fence(self) {
         self.cpu(0).fence();
+    }
+}
+
+impl Bus for &Memory {
+    unsafe fn load_granules(self, dst: *mut u8, src: *const u8, granules: usize) {
+        // SAFETY: By the safety contract of this function, as is the one below.
+        unsafe { self.cpu(0).load_granules(dst, src, granules) }
+    }
+
+    unsafe fn load_through(self, src: *const u8) -> u64 {
+        // SAFETY: See above.
+        unsafe { self.cpu(0).load_through(src) }
     }
 }
 
@@ -436,6 +474,35 @@ impl Machine for Cpu<'_> {
 
     fn fence(self) {
         self.memory.media.borrow_mut().fence(self.bit);
+    }
+}
+
+impl Bus for Cpu<'_> {
+    unsafe fn load_granules(self, dst: *mut u8, src: *const u8, granules: usize) {
+        assert!(
+            src.addr() % GRANULE == 0,
+            "{src:?} is not a multiple of {GRANULE}"
+        );
+        let offset = self.memory.offset(src, granules * GRANULE);
+        let bytes = self.memory.read(offset, granules * GRANULE);
+        for (i, byte) in bytes.into_iter().enumerate() {
+            // SAFETY: By the safety contract of this function.
+            unsafe { dst.wrapping_add(i).write_volatile(byte) };
+        }
+    }
+
+    unsafe fn load_through(self, src: *const u8) -> u64 {
+        let mut granule = [0; GRANULE];
+
+        self.fence();
+        // The request to read does not overtake what is posted, by whomever.
+        self.memory
+            .media
+            .borrow_mut()
+            .settle(|store| store.is_posted);
+        // SAFETY: By the safety contract of this function; `granule` is as long.
+        unsafe { self.load_granules(granule.as_mut_ptr(), src, 1) };
+        u64::from_ne_bytes(granule)
     }
 }
 

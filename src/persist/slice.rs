@@ -145,7 +145,7 @@ impl VolatileSlice<'_> {
     /// The address of the [`GRANULE`] at `offset`, if it is a multiple of its size and the slice has
     /// all of it.
     #[inline]
-    fn granule(&self, offset: u64) -> Option<*mut u8> {
+    pub(super) fn granule(&self, offset: u64) -> Option<*mut u8> {
         let granule = self.range(offset, GRANULE as u64)?.addr;
 
         (granule.addr() % GRANULE == 0).then_some(granule)

@@ -19,6 +19,7 @@
 //! bracket, which costs more than it gains.
 
 use super::{
+    words::Bus,
     CpuFeatures,
     Machine,
     Source,
@@ -33,6 +34,8 @@ use core::arch::asm;
 /// few instructions: 18 a line. With four lines a step they would be 17, but sources beyond the L1
 /// cache slower. The stores are in ascending order, so that each buffer is full before the next is
 /// opened. Stores through the cache, by MOV, do not mind.
+///
+/// Each granule of the source is read by one load, too, which is aligned if the source is.
 macro_rules! copy_granules {
     ($store:literal, $dst:expr, $src:expr, $granules:expr) => {
         asm!(
@@ -294,5 +297,49 @@ impl Machine for X86_64 {
     fn fence(self) {
         // SAFETY: It has no effect but order.
         unsafe { asm!("sfence", options(nostack, preserves_flags)) };
+    }
+}
+
+impl Bus for X86_64 {
+    #[inline]
+    unsafe fn load_granules(self, dst: *mut u8, src: *const u8, granules: usize) {
+        // In memory that is write-combining, loads keep no order of their own.
+        // SAFETY: LFENCE has no effect but order. Then it reads as many granules from `src`, each by
+        // one load, and stores them at `dst`, which are valid by the safety contract of this function.
+        unsafe {
+            asm!("lfence", options(nostack, preserves_flags));
+            copy_granules!("mov", dst, src, granules);
+        }
+    }
+
+    #[inline]
+    unsafe fn load_through(self, src: *const u8) -> u64 {
+        let value;
+
+        // The first MFENCE waits for the stores before, and empties the write-combining buffers,
+        // which SFENCE does, too. But it also waits for the loads before, and it alone orders the
+        // CLFLUSH of old CPUs of AMD.
+        //
+        // CLFLUSH drops the line, which only matters in a range that is cached. What brings it back
+        // from here on, be it this load or a prefetch, has asked for it after the stores had left.
+        //
+        // The second MFENCE keeps the load from being done before that: CLFLUSH does not order loads,
+        // and the CPU may load ahead of time from any memory but an uncached one.
+        //
+        // After the load nothing is needed: no store that comes later is seen by others before it.
+        // SAFETY: The memory is valid for reads by the safety contract of this function, and its
+        // bytes stay as they are.
+        unsafe {
+            asm!(
+                "mfence",
+                "clflush [{src}]",
+                "mfence",
+                "mov {value}, [{src}]",
+                src = in(reg) src,
+                value = out(reg) value,
+                options(nostack, preserves_flags),
+            );
+        }
+        value
     }
 }
