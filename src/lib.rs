@@ -20,6 +20,7 @@
 
 pub mod extent;
 pub mod flush;
+pub mod iopmem;
 pub mod kmem;
 pub mod medium;
 pub mod memmap;

@@ -14,6 +14,7 @@
 //! | `pmem_copy`  | (one for all) auto, nt or wb        | auto    |
 //! | `pmem_e820`  | (one for all) whether ranges of the firmware are used, too | 0 |
 //! | `pmem_virtio` | (one for all) whether virtio-pmem devices are used, too | 1 |
+//! | `iopmem`     | (one for all) whether PCI functions are used, too, see [`iopmem`](super::iopmem) | 1 |
 //! | `pmem_first` | (one for all) number of first disk  | 0       |
 //!
 //! Where there may be one element for each range, a single one counts for each, but for `pmem_start`
@@ -65,7 +66,7 @@ pub struct Mode {
     pub struct_pages: StructPages,
 }
 
-/// The values of the parameters; by default no range, and no virtio-pmem devices.
+/// The values of the parameters; by default no range, and no devices.
 #[derive(Clone, Copy, Debug)]
 pub struct Params<'a> {
     /// `pmem_start`.
@@ -90,6 +91,8 @@ pub struct Params<'a> {
     pub e820: &'a str,
     /// `pmem_virtio`.
     pub virtio: &'a str,
+    /// `iopmem`.
+    pub iopmem: &'a str,
 }
 
 impl Default for Params<'_> {
@@ -106,6 +109,7 @@ impl Default for Params<'_> {
             copy: CopyPolicy::Auto.name(),
             e820: "0",
             virtio: "0",
+            iopmem: "0",
         }
     }
 }
@@ -152,6 +156,8 @@ pub enum Error<'a> {
     LogicalBlockSize(&'a str),
     /// There are more disks than numbers for them.
     TooManyDisks,
+    /// What is to be p2pdma memory is not whole huge pages.
+    P2pdma(&'a str),
     /// An element is none of the words that are offered.
     Word {
         /// The parameter's name.
@@ -215,6 +221,13 @@ impl fmt::Display for Error<'_> {
                 "pmem_first plus all of pmem_count is more than {}; lower one of them",
                 u32::MAX
             ),
+            Self::P2pdma(value) => write!(
+                f,
+                "iopmem_p2pdma={}: not a multiple of {}, of which the kernel makes such memory; \
+                 write one, or 0 for none",
+                value.escape_default(),
+                size::Size(range::DISK_ALIGN)
+            ),
             Self::Word {
                 param,
                 value,
@@ -256,6 +269,7 @@ pub struct Config<'a> {
     memmap_force: bool,
     e820: bool,
     virtio: bool,
+    iopmem: bool,
 }
 
 impl<'a> Config<'a> {
@@ -290,7 +304,8 @@ impl<'a> Config<'a> {
     pub fn new(params: Params<'a>) -> Result<Self, Error<'a>> {
         let e820 = switch("pmem_e820", params.e820)?;
         let virtio = switch("pmem_virtio", params.virtio)?;
-        if is_nothing(&params) && !e820 && !virtio {
+        let iopmem = switch("iopmem", params.iopmem)?;
+        if is_nothing(&params) && !e820 && !virtio && !iopmem {
             return Err(Error::NoRange);
         }
 
@@ -353,6 +368,7 @@ impl<'a> Config<'a> {
             memmap_force,
             e820,
             virtio,
+            iopmem,
         };
         let is_in_ram = |mode: Mode| mode.struct_pages == StructPages::Ram;
         let mut any_in_ram = (e820 || virtio) && is_in_ram(config.found_mode());
@@ -386,6 +402,11 @@ impl<'a> Config<'a> {
     /// Whether virtio-pmem devices are used, too.
     pub fn virtio(&self) -> bool {
         self.virtio
+    }
+
+    /// Whether PCI functions are used, too.
+    pub fn iopmem(&self) -> bool {
+        self.iopmem
     }
 
     /// How ranges are to be served that no parameter names: as all others are, if that is one way.
@@ -437,12 +458,12 @@ fn is_nothing(params: &Params<'_>) -> bool {
 }
 
 /// Reads whether something is to be.
-fn switch<'a>(param: &'static str, value: &'a str) -> Result<bool, Error<'a>> {
+pub(super) fn switch<'a>(param: &'static str, value: &'a str) -> Result<bool, Error<'a>> {
     word(param, value, "1 or 0", [("1", true), ("0", false)])
 }
 
 /// Reads one of `words`, each with what it means; `all` has them as in a sentence.
-fn word<'a, T, const N: usize>(
+pub(super) fn word<'a, T, const N: usize>(
     param: &'static str,
     value: &'a str,
     all: &'static str,
@@ -542,6 +563,7 @@ mod tests {
         copy: "auto",
         e820: "0",
         virtio: "0",
+        iopmem: "0",
     };
 
     fn disks(params: Params<'_>) -> Option<u64> {

@@ -4,6 +4,7 @@
 //! gives the disks that were asked for.
 
 use pmem_core::{
+    iopmem,
     memmap::{
         Config,
         Mode,
@@ -41,8 +42,9 @@ fn words(line: &str) -> Vec<String> {
 }
 
 /// Reads a line that was split, as it stands behind `insmod pmem.ko`.
-fn params(words: &[String]) -> Params<'_> {
+fn params(words: &[String]) -> (Params<'_>, iopmem::Params<'_>) {
     let mut params = Params::default();
+    let mut iopmem = iopmem::Params::default();
     for word in words {
         let (name, value) = word.split_once('=').unwrap();
         *match name {
@@ -57,16 +59,24 @@ fn params(words: &[String]) -> Params<'_> {
             "pmem_copy" => &mut params.copy,
             "pmem_e820" => &mut params.e820,
             "pmem_virtio" => &mut params.virtio,
+            "iopmem" => &mut params.iopmem,
+            "iopmem_bar" => &mut iopmem.bar,
+            "iopmem_cache" => &mut iopmem.cache,
+            "iopmem_dax" => &mut iopmem.dax,
+            "iopmem_p2pdma" => &mut iopmem.p2pdma,
+            "iopmem_persistent" => &mut iopmem.persistent,
             _ => panic!("no parameter {name}"),
         } = value;
     }
-    params
+    (params, iopmem)
 }
 
 /// What is said of a line.
 fn message(line: &str) -> Option<String> {
     let words = words(line);
-    let error = Config::new(params(&words)).err();
+    let (params, iopmem) = params(&words);
+    let error = Config::new(params).err();
+    let error = error.or_else(|| iopmem::Config::new(iopmem).err());
     error.map(|error| error.to_string())
 }
 
@@ -230,7 +240,21 @@ fn a_message_stays_on_its_line() {
 }
 
 /// What a line asks for, as `parameters/right.txt` has it.
-fn asked_for(config: &Config<'_>) -> String {
+fn asked_for(config: &Config<'_>, iopmem: iopmem::Config) -> String {
+    let served_io = || {
+        let mut text = iopmem.bar.map_or(String::new(), |bar| format!(":bar{bar}"));
+        text += &format!(":{}", iopmem.cache.name());
+        if iopmem.dax {
+            text += ":dax";
+        }
+        if iopmem.p2pdma != 0 {
+            text += &format!(":p2pdma{}", iopmem.p2pdma / MIB);
+        }
+        if iopmem.persistent {
+            text += ":persistent";
+        }
+        text
+    };
     let served = |mode: Mode| {
         let cache = (mode.cache != Cache::default()).then(|| mode.cache.name());
         let pages = (mode.struct_pages != StructPages::Ram).then(|| mode.struct_pages.name());
@@ -260,6 +284,7 @@ fn asked_for(config: &Config<'_>) -> String {
             config.virtio(),
             format!("virtio{}", served(config.found_mode())),
         ),
+        (config.iopmem(), format!("iopmem{}", served_io())),
         (config.first() != 0, format!("first={}", config.first())),
         (
             config.logical_block_size() != 512,
@@ -288,9 +313,10 @@ fn right_lines_give_what_they_ask_for() {
         let (line, expected) = row.split_first().unwrap();
         let expected = expected.join(" | ");
         let words = words(line);
-        let given = match Config::new(params(&words)) {
-            Ok(config) => asked_for(&config),
-            Err(error) => error.to_string(),
+        let (params, iopmem) = params(&words);
+        let given = match (Config::new(params), iopmem::Config::new(iopmem)) {
+            (Ok(config), Ok(iopmem)) => asked_for(&config, iopmem),
+            (Err(error), _) | (_, Err(error)) => error.to_string(),
         };
         if given != expected {
             faults.push(format!("{line}\n  gives {given}\n  not   {expected}\n"));
