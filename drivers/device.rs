@@ -12,18 +12,27 @@
 //! process can do in the range is durable without, so that the DAX device has no MAP_SYNC, and the
 //! CPU's cache, from which the host reads like any other CPU, needs not be written back.
 //!
-//! A range that is not mapped write-back has no struct pages and no DAX, and then there is no write
-//! cache: a write is durable when it completes, and that is all there is to it.
+//! A range of memory that is not mapped write-back has no struct pages and no DAX, and then there is no
+//! write cache: a write is durable when it completes, and that is all there is to it.
+//!
+//! Memory of a device behind a bus is [I/O memory](io), which has rules of its own.
 
 mod attributes;
 mod counters;
 mod flush;
+mod io;
 
-pub(crate) use self::flush::Host;
 use self::{
     attributes::Attributes,
     counters::Counters,
     flush::Flushes, //
+};
+pub(crate) use self::{
+    flush::Host,
+    io::{
+        Io,
+        Link, //
+    }, //
 };
 use crate::{
     kapi::{
@@ -44,7 +53,8 @@ use crate::{
         },
         mapping::Mapping,
         mc,
-        numa::Node, //
+        numa::Node,
+        region::Region, //
     },
     media::Media,
     pmem_core::{
@@ -85,6 +95,9 @@ const _: () = assert!(extent::PAGE_SIZE == page::PAGE_SIZE as u64);
 /// is longer, and looks for signals and other tasks in between.
 const MAX_WRITE_ZEROES: u64 = 32 << 20;
 
+/// The same for I/O memory, where stores are posted one by one.
+const MAX_IO_WRITE_ZEROES: u64 = 1 << 20;
+
 /// What an administrator can choose for a disk.
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
@@ -113,6 +126,8 @@ pub(crate) struct PmemDevice {
     media: Arc<Media>,
     /// The flushes that the host is asked for; none where a fence makes writes durable.
     flushes: Option<Pin<KBox<Flushes>>>,
+    /// What I/O memory needs; none if it is memory of the machine.
+    io: Option<Io>,
     /// Goes on with bios that have waited for a flush.
     #[pin]
     work: Work<PmemDevice>,
@@ -146,39 +161,80 @@ impl PmemDevice {
         );
         let media = Media::new(data.map_err(|_| EINVAL)?)?;
         let node = Node::of_phys(range.start());
-        let Options {
-            logical_block_size,
-            cache,
-            provider,
-        } = options;
-        let mapping = if cache == Cache::WriteBack {
-            let (start, size) = (range.start(), range.size());
+        let (start, size) = (range.start(), range.size());
+        let mapping = if options.cache == Cache::WriteBack {
             Mapping::with_pages(region, start, size, altmap, node, media.clone())?
         } else {
-            Mapping::without_pages(region, range.start(), range.size(), cache)?
+            Mapping::without_pages(region, start, size, options.cache)?
         };
-        let struct_pages = match (cache, altmap) {
-            (Cache::WriteBack, None) => Some(StructPages::Ram),
-            (Cache::WriteBack, Some(_)) => Some(StructPages::Dev),
-            _ => None,
-        };
-        let attributes = Attributes {
-            range,
-            node,
-            cache: cache.name(),
-            copy: persist.name(),
-            durability: match &host {
-                Some(_) => "durable after a flush",
-                None if persist.is_durable() => "durable at completion",
-                None => "not durable",
-            },
-            provider,
-            memmap: struct_pages.map_or("none", StructPages::name),
-        };
+        let struct_pages = mapping.has_pages().then_some(match altmap {
+            None => StructPages::Ram,
+            Some(_) => StructPages::Dev,
+        });
         let flushes = host.map(Flushes::new).transpose()?;
-        let synchronous = flushes.is_none();
         let counters = Counters::new()?;
-        let holder = media.holder();
+        let device = Arc::pin_init(
+            pin_init!(PmemDevice {
+                mapping,
+                persist,
+                node,
+                cache: options.cache,
+                struct_pages,
+                provider: options.provider,
+                counters,
+                media,
+                flushes,
+                io: None,
+                work <- new_work!("pmem_flush"),
+            }),
+            GFP_KERNEL,
+        )?;
+        Self::disk(name, device, range, options.logical_block_size)
+    }
+
+    /// Maps `range` of `region`, I/O memory next to `node`, and makes it a disk called `name`. If it cannot get the
+    /// struct pages that it is to have, it is a disk without DAX, which is logged.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Mapping::without_pages`], of [`dax::Device::new`] and of [`Prepared::new`].
+    pub(crate) fn prepare_io(
+        name: fmt::Arguments<'_>,
+        region: Arc<Region>,
+        range: PhysRange,
+        node: Node,
+        persist: Persist,
+        options: Options,
+        io: Io,
+    ) -> Result<Prepared<Self>> {
+        let (start, size, cache) = (range.start(), range.size(), options.cache);
+        let media = Media::new(range)?;
+        let with_pages = || {
+            let (region, failures) = (region.clone(), media.clone());
+            if cache == Cache::WriteBack {
+                Mapping::with_pages(region, start, size, None, node, failures)
+            } else {
+                Mapping::with_pages_beside(region, start, size, cache, node, failures)
+            }
+        };
+        let mapping = match io.pages.then(with_pages).transpose() {
+            Ok(mapping) => mapping,
+            Err(error) => {
+                pr_warn!(
+                    "{}: {}: no struct pages ({:?}), and so no DAX\n",
+                    name,
+                    range,
+                    error
+                );
+                None
+            }
+        };
+        let mapping = match mapping {
+            Some(mapping) => mapping,
+            None => Mapping::without_pages(region, start, size, cache)?,
+        };
+        let struct_pages = mapping.has_pages().then_some(StructPages::Ram);
+        let counters = Counters::new()?;
         let device = Arc::pin_init(
             pin_init!(PmemDevice {
                 mapping,
@@ -186,40 +242,87 @@ impl PmemDevice {
                 node,
                 cache,
                 struct_pages,
-                provider,
+                provider: options.provider,
                 counters,
                 media,
-                flushes,
+                flushes: None,
+                io: Some(io),
                 work <- new_work!("pmem_flush"),
             }),
             GFP_KERNEL,
         )?;
+        Self::disk(name, device, range, options.logical_block_size)
+    }
+
+    /// Makes the disk of `device`, which is in `range`.
+    fn disk(
+        name: fmt::Arguments<'_>,
+        device: Arc<Self>,
+        range: PhysRange,
+        logical_block_size: u32,
+    ) -> Result<Prepared<Self>> {
+        let attributes = Attributes {
+            range,
+            node: device.node,
+            cache: device.cache.name(),
+            copy: device.copy(),
+            durability: device.durability("durable at completion"),
+            provider: device.provider,
+            memmap: device.struct_pages.map_or("none", StructPages::name),
+        };
+        let zeroes = match device.io {
+            None => MAX_WRITE_ZEROES,
+            Some(_) => MAX_IO_WRITE_ZEROES,
+        };
         let mut limits = Limits {
             logical_block_size,
             physical_block_size: page::PAGE_SIZE as u32,
-            max_write_zeroes_sectors: Sector::containing(MAX_WRITE_ZEROES).0 as u32,
+            max_write_zeroes_sectors: Sector::containing(zeroes).0 as u32,
             features: Features::NOWAIT,
             ..Limits::default()
         };
-        if synchronous {
+        if device.flushes.is_none() {
             limits.features = limits.features | Features::SYNCHRONOUS;
-        } else {
+        }
+        // Whether what is stored is durable after a fence, and so what a process does is.
+        let synchronous = device.flushes.is_none() && device.io.is_none();
+        if !synchronous {
             limits.features = limits.features | Features::WRITE_CACHE | Features::FUA;
         }
-        let dax = if cache == Cache::WriteBack {
+        let dax = if device.mapping.has_pages() {
             limits.features =
                 limits.features | Features::WRITE_CACHE | Features::FUA | Features::DAX;
             let options = dax::Options {
-                write_cache: synchronous,
+                write_cache: device.flushes.is_none(),
                 synchronous,
             };
+            let holder = device.media.holder();
             Some(dax::Device::new(device.clone(), options, holder)?)
         } else {
             None
         };
         let capacity = Sector::containing(device.mapping.size());
+        let node = device.node;
         Prepared::new(name, capacity, &limits, node, device, dax)?
             .with_attributes(attributes::NAME, Arc::new(attributes, GFP_KERNEL)?)
+    }
+
+    /// When a write is durable; `at_completion` says that it is when it completes.
+    fn durability(&self, at_completion: &'static str) -> &'static str {
+        match (&self.io, &self.flushes) {
+            (Some(io), _) => io.durability(),
+            (None, Some(_)) => "durable after a flush",
+            (None, None) if self.persist.is_durable() => at_completion,
+            (None, None) => "not durable",
+        }
+    }
+
+    /// The instructions that store what is written.
+    fn copy(&self) -> &'static str {
+        match &self.io {
+            Some(io) => io.words.name(),
+            None => self.persist.name(),
+        }
     }
 
     /// Tells the log and user space what the disk `name` of `range` is.
@@ -231,20 +334,18 @@ impl PmemDevice {
             Size(device.mapping.size()),
             range,
             device.node.id(),
-            match device.cache {
-                Cache::WriteBack if device.struct_pages == Some(StructPages::Dev) =>
-                    "DAX with struct pages on the range",
-                Cache::WriteBack => "DAX",
-                Cache::WriteThrough => "write-through without DAX",
-                Cache::WriteCombining => "write-combining without DAX",
-                Cache::Uncached => "uncached without DAX",
+            match (device.cache, device.struct_pages) {
+                (Cache::WriteBack, Some(StructPages::Dev)) => "DAX with struct pages on the range",
+                (Cache::WriteBack, Some(StructPages::Ram)) => "DAX",
+                (Cache::WriteBack, None) => "write-back without DAX",
+                (Cache::WriteThrough, _) => "write-through without DAX",
+                (Cache::WriteCombining, None) => "write-combining without DAX",
+                (Cache::WriteCombining, Some(_)) => "write-combining with DAX",
+                (Cache::Uncached, None) => "uncached without DAX",
+                (Cache::Uncached, Some(_)) => "uncached with DAX",
             },
-            match &device.flushes {
-                Some(_) => "durable after a flush",
-                None if device.persist.is_durable() => "durable",
-                None => "not durable",
-            },
-            device.persist.name()
+            device.durability("durable"),
+            device.copy()
         );
         let sent = CString::try_from_fmt(fmt!("PMEM_PROVIDER={}", device.provider))
             .and_then(|variable| disk.send_change(&variable));
@@ -365,7 +466,10 @@ impl PmemDevice {
     #[inline]
     fn account_and_serve(&self, bio: &Bio) -> Result<(), Status> {
         let accounting = bio.start_accounting();
-        let result = self.serve(bio);
+        let result = match &self.io {
+            None => self.serve(bio),
+            Some(io) => self.serve_io(io, bio),
+        };
         if let Some(accounting) = accounting {
             bio.end_accounting(accounting);
         }
@@ -458,10 +562,13 @@ impl dax::Operations for PmemDevice {
     fn zero_page_range(&self, page: u64, count: u64) -> Result {
         let extent = self.pages(page, count)?;
         let memory = self.slice(extent).ok_or(ERANGE)?;
-        let zero = |persist: &Persist| {
-            persist.write_zeroes(memory);
-            persist.fence();
-            Ok(())
+        let zero = |persist: &Persist| match &self.io {
+            None => {
+                persist.write_zeroes(memory);
+                persist.fence();
+                Ok(())
+            }
+            Some(io) => io.zero(memory),
         };
         let done = if self.media.is_suspect() {
             self.repair(extent, true, zero)
@@ -541,7 +648,7 @@ pub(crate) mod tests {
         Ok(Some(size::parse(text).map_err(|_| EINVAL)?))
     }
 
-    fn region() -> Result<Option<Arc<Region>>> {
+    pub(super) fn region() -> Result<Option<Arc<Region>>> {
         let Some(start) = start()? else {
             return Ok(None);
         };
@@ -580,7 +687,7 @@ pub(crate) mod tests {
     }
 
     /// Returns `len` bytes that differ from their neighbours.
-    fn pattern(len: usize) -> Result<kunit::Buffer> {
+    pub(super) fn pattern(len: usize) -> Result<kunit::Buffer> {
         let mut data = buffer(0, len)?;
         for (i, byte) in data.iter_mut().enumerate() {
             *byte = (i % 251) as u8;

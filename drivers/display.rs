@@ -3,6 +3,7 @@
 //! Lets the kernel print what `src/` can display.
 
 use crate::pmem_core::{
+    iopmem,
     kmem::{
         layout, params,
         scan::EntryFault,
@@ -37,6 +38,8 @@ macro_rules! display {
 display!(
     EntryFault,
     Format,
+    iopmem::NoPages,
+    iopmem::Unusable,
     layout::Error,
     memmap::Error<'_>,
     params::Error<'_>,

@@ -141,7 +141,7 @@ pub enum Bar {
     None,
     /// I/O ports.
     Ports,
-    /// Memory that has no address, as there was no room for it.
+    /// Memory that has no address, as there was no room for it. Nobody knows how large it is.
     Unassigned,
     /// Memory.
     Memory {
@@ -159,8 +159,8 @@ pub enum Bar {
 pub enum Unusable {
     /// None is memory.
     NoMemory,
-    /// All memory is without an address.
-    NoAddress,
+    /// The one that would be used, or that was asked for, has no address.
+    NoAddress(usize),
     /// The one that was asked for is not memory.
     Asked(usize, Bar),
     /// It has no room for a block.
@@ -187,15 +187,15 @@ pub enum Unusable {
 
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const NO_ADDRESS: &str =
-            "has no address; give the bridge above it a larger window, for example with pci=realloc";
-
         match *self {
             Self::NoMemory => {
                 f.write_str("none of its BARs is memory, so that it cannot be a disk; unbind it")
             }
-            Self::NoAddress => write!(f, "memory of it {NO_ADDRESS}"),
-            Self::Asked(bar, Bar::Unassigned) => write!(f, "iopmem_bar={bar}: it {NO_ADDRESS}"),
+            Self::NoAddress(bar) => write!(
+                f,
+                "BAR {bar} is memory that has no address; give the bridge above it a larger window, \
+                 for example with pci=realloc"
+            ),
             Self::Asked(bar, kind) => {
                 let kind = match kind {
                     Bar::Ports => "is I/O ports",
@@ -271,9 +271,11 @@ pub fn choose(
     block: u32,
     p2pdma: u64,
 ) -> Result<Choice, Unusable> {
+    // What there was no room for is large, and the one that is meant: another one may be registers.
     let size_of = |bar: &Bar| match *bar {
         Bar::Memory { size, .. } => size,
-        _ => 0,
+        Bar::Unassigned => u64::MAX,
+        Bar::None | Bar::Ports => 0,
     };
     let chosen = match asked {
         Some(bar) => bar,
@@ -286,14 +288,11 @@ pub fn choose(
             .max_by_key(|(_, bar)| size_of(bar))
             .filter(|(_, bar)| size_of(bar) != 0)
             .map(|(bar, _)| bar)
-            .ok_or(if bars.contains(&Bar::Unassigned) {
-                Unusable::NoAddress
-            } else {
-                Unusable::NoMemory
-            })?,
+            .ok_or(Unusable::NoMemory)?,
     };
     let (start, size) = match bars.get(chosen).copied().unwrap_or_default() {
         Bar::Memory { start, size } => (start, size),
+        Bar::Unassigned => return Err(Unusable::NoAddress(chosen)),
         kind => return Err(Unusable::Asked(chosen, kind)),
     };
 
@@ -422,7 +421,6 @@ mod tests {
         assert_eq!(chosen(&[(0, large), (2, small)], None), Ok(0));
         assert_eq!(chosen(&[(1, large), (5, large)], None), Ok(1));
         assert_eq!(chosen(&[(3, small), (4, Bar::Ports)], None), Ok(3));
-        assert_eq!(chosen(&[(3, small), (4, Bar::Unassigned)], None), Ok(3));
         assert_eq!(chosen(&[(0, small), (4, large)], Some(0)), Ok(0));
     }
 
@@ -430,13 +428,28 @@ mod tests {
     fn what_is_not_memory_is_refused() {
         assert_eq!(chosen(&[], None), Err(Unusable::NoMemory));
         assert_eq!(chosen(&[(0, Bar::Ports)], None), Err(Unusable::NoMemory));
-        let unassigned = [(0, Bar::Ports), (1, Bar::Unassigned)];
-        assert_eq!(chosen(&unassigned, None), Err(Unusable::NoAddress));
-        for (bar, kind) in [(0, Bar::Ports), (1, Bar::Unassigned), (2, Bar::None)] {
+        for (bar, kind) in [(0, Bar::Ports), (2, Bar::None)] {
             let refused = Unusable::Asked(bar, kind);
-            assert_eq!(chosen(&unassigned, Some(bar)), Err(refused));
+            assert_eq!(chosen(&[(0, Bar::Ports)], Some(bar)), Err(refused));
         }
         assert!(chosen(&[(0, memory(4096))], Some(BARS)).is_err());
+    }
+
+    /// What is left would be the registers, as a rule.
+    #[test]
+    fn memory_without_an_address_is_not_passed_over() {
+        let registers = (0, memory(4096));
+        let lost = |bar| (bar, Bar::Unassigned);
+        let refused = |bar| Err(Unusable::NoAddress(bar));
+
+        assert_eq!(chosen(&[registers, lost(2)], None), refused(2));
+        assert_eq!(chosen(&[registers, lost(4)], None), refused(4));
+        assert_eq!(chosen(&[registers, lost(2)], Some(2)), refused(2));
+        assert_eq!(chosen(&[registers, lost(2)], Some(0)), Ok(0));
+        assert_eq!(
+            chosen(&[registers, lost(2), (4, memory(4096))], None),
+            Ok(4)
+        );
     }
 
     #[test]

@@ -368,6 +368,7 @@ fn all_parameters_are_documented_and_no_others() {
     let mut documented = BTreeMap::new();
     for path in [
         "Documentation/admin-guide.rst",
+        "Documentation/iopmem.rst",
         "Documentation/kmem-persist.rst",
     ] {
         let tables = tables(&read(path));

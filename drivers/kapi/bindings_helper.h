@@ -14,6 +14,7 @@
 #include <linux/kernfs.h>
 #include <linux/memory.h>
 #include <linux/memory-tiers.h>
+#include <linux/pci.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #if IS_BUILTIN(CONFIG_KUNIT)
@@ -82,6 +83,7 @@ bool pmem_helper_cpu_has_clwb(void);
 bool pmem_helper_cpu_has_clflushopt(void);
 unsigned int pmem_helper_cpu(void);
 int pmem_helper_phys_to_online_node(phys_addr_t start);
+int pmem_helper_dev_to_online_node(struct device *dev);
 void *pmem_helper_page_address(const struct page *page);
 
 /* attribute.rs */
@@ -130,6 +132,11 @@ void pmem_helper_break_dax_layout(struct inode *inode);
 bool pmem_helper_copy_survives_faults(void);
 int pmem_helper_set_mce_nospec(unsigned long pfn);
 #endif
+
+/* pci.rs */
+unsigned long pmem_helper_pci_resource(struct pci_dev *pdev, u32 bar, u64 *start, u64 *size, u64 *bus);
+bool pmem_helper_pci_is_disconnected(const struct pci_dev *pdev);
+int pmem_helper_pci_add_p2pdma(struct pci_dev *pdev, u32 bar, size_t size, u64 offset);
 
 #if IS_ENABLED(CONFIG_VIRTIO)
 /* virtio.rs */

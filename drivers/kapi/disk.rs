@@ -25,6 +25,7 @@ use core::{
     }, //
 };
 use kernel::{
+    device::Device,
     error::{
         from_err_ptr,
         to_result, //
@@ -33,7 +34,10 @@ use kernel::{
     prelude::*,
     static_lock_class,
     str::CString,
-    sync::Arc,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
     ModuleMetadata, //
 };
 
@@ -183,6 +187,7 @@ pub(crate) struct Prepared<T: Operations> {
     _host: Option<dax::Host<T>>,
     disk: Allocated,
     group: Option<Group>,
+    parent: Option<ARef<Device>>,
     data: Arc<T>,
 }
 
@@ -272,6 +277,7 @@ impl<T: Operations> Prepared<T> {
             _host: host,
             disk,
             group: None,
+            parent: None,
             data,
         })
     }
@@ -289,6 +295,12 @@ impl<T: Operations> Prepared<T> {
     ) -> Result<Self> {
         self.group = Some(Group::new(Some(name), data)?);
         Ok(self)
+    }
+
+    /// Makes the disk a child of `parent` in sysfs.
+    pub(crate) fn with_parent(mut self, parent: ARef<Device>) -> Self {
+        self.parent = Some(parent);
+        self
     }
 
     /// What is to serve the disk.
@@ -313,9 +325,14 @@ impl<T: Operations> Prepared<T> {
         let name = unsafe { CStr::from_char_ptr((*self.disk.0.as_ptr()).disk_name.as_ptr()) };
         self.disk.check_name(name)?;
         let groups = self.group.as_ref().map_or(null_mut(), Group::as_ptr);
+        // The type is transparent.
+        let parent = self.parent.as_deref().map_or(null_mut(), |parent| {
+            core::ptr::from_ref(parent).cast_mut().cast()
+        });
         // SAFETY: By the type invariant the disk is complete. `data` and the group live until
-        // `del_gendisk()` has waited for the bios that are in flight, and removed the attributes.
-        to_result(unsafe { bindings::device_add_disk(null_mut(), self.disk.0.as_ptr(), groups) })?;
+        // `del_gendisk()` has waited for the bios that are in flight, and removed the attributes; so
+        // does the parent.
+        to_result(unsafe { bindings::device_add_disk(parent, self.disk.0.as_ptr(), groups) })?;
         if let Some(list) = self.data.badblocks() {
             // SAFETY: Just added.
             unsafe { list.attach(self.disk.0) };
@@ -399,6 +416,13 @@ impl<T: Operations> Disk<T> {
                 variables.as_mut_ptr(),
             )
         })
+    }
+
+    /// Says that what the disk is made of has gone: bios fail from now on, and file systems shut down
+    /// instead of writing back.
+    pub(crate) fn mark_dead(&self) {
+        // SAFETY: The disk is live.
+        unsafe { bindings::blk_mark_disk_dead(self.0.disk.0.as_ptr()) };
     }
 
     /// The C object, which is live.

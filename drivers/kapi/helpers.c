@@ -16,6 +16,8 @@
 #include <linux/numa.h>
 #include <linux/page-flags.h>
 #include <linux/pageblock-flags.h>
+#include <linux/pci.h>
+#include <linux/pci-p2pdma.h>
 #include <linux/percpu.h>
 #include <linux/platform_device.h>
 #include <linux/sched.h>
@@ -61,6 +63,11 @@ unsigned int pmem_helper_cpu(void)
 int pmem_helper_phys_to_online_node(phys_addr_t start)
 {
 	return numa_map_to_online_node(phys_to_target_node(start));
+}
+
+int pmem_helper_dev_to_online_node(struct device *dev)
+{
+	return numa_map_to_online_node(dev_to_node(dev));
 }
 
 void *pmem_helper_page_address(const struct page *page)
@@ -232,6 +239,28 @@ void pmem_helper_break_dax_layout(struct inode *inode)
 	filemap_invalidate_lock(inode->i_mapping);
 	dax_break_layout_final(inode);
 	filemap_invalidate_unlock(inode->i_mapping);
+}
+
+unsigned long pmem_helper_pci_resource(struct pci_dev *pdev, u32 bar, u64 *start, u64 *size, u64 *bus)
+{
+	*start = pci_resource_start(pdev, bar);
+	*size = pci_resource_len(pdev, bar);
+	*bus = pci_bus_address(pdev, bar);
+	return pci_resource_flags(pdev, bar);
+}
+
+bool pmem_helper_pci_is_disconnected(const struct pci_dev *pdev)
+{
+	return pci_dev_is_disconnected(pdev);
+}
+
+int pmem_helper_pci_add_p2pdma(struct pci_dev *pdev, u32 bar, size_t size, u64 offset)
+{
+	int ret = pci_p2pdma_add_resource(pdev, bar, size, offset);
+
+	if (!ret)
+		pci_p2pmem_publish(pdev, true);
+	return ret;
 }
 
 #if IS_ENABLED(CONFIG_VIRTIO)

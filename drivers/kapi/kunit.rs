@@ -47,6 +47,9 @@ pub(crate) fn close_files() {
     unsafe { bindings::flush_delayed_fput() };
 }
 
+/// The most places that a bio of these has data in.
+pub(crate) const PARTS: usize = 8;
+
 /// A buffer that can be under I/O.
 pub(crate) type Buffer = KVec<u8>;
 
@@ -62,31 +65,43 @@ pub(crate) fn buffer(byte: u8, len: usize) -> Result<Buffer> {
 impl<T: Operations> Disk<T> {
     /// Submits a bio with `data` to the disk as a file system would, and waits for it.
     pub(crate) fn submit_wait(&self, opf: c_uint, sector: Sector, data: &mut [u8]) -> Result {
-        self.submit(opf, sector, Some(data), 0)
+        self.submit(opf, sector, &mut [data], 0)
+    }
+
+    /// The same with data in several places, at most [`PARTS`], of any length.
+    pub(crate) fn submit_wait_parts(
+        &self,
+        opf: c_uint,
+        sector: Sector,
+        parts: &mut [&mut [u8]],
+    ) -> Result {
+        self.submit(opf, sector, parts, 0)
     }
 
     /// The same for an operation that has a length, but no data.
     pub(crate) fn submit_wait_range(&self, opf: c_uint, sector: Sector, len: u32) -> Result {
-        self.submit(opf, sector, None, len)
+        self.submit(opf, sector, &mut [], len)
     }
 
-    fn submit(&self, opf: c_uint, sector: Sector, data: Option<&mut [u8]>, len: u32) -> Result {
-        let mut vec = bindings::bio_vec::default();
+    fn submit(&self, opf: c_uint, sector: Sector, parts: &mut [&mut [u8]], len: u32) -> Result {
+        if parts.len() > PARTS {
+            return Err(EINVAL);
+        }
+        let mut vecs = [bindings::bio_vec::default(); PARTS];
         let mut bio = bindings::bio::default();
-        // SAFETY: The bio, its one element and the data, which is from the slab, outlive the I/O,
+        // SAFETY: The bio, its elements and the data, which is from the slab, outlive the I/O,
         // as `submit_bio_wait()` waits for it. The disk is live as `self` is.
         to_result(unsafe {
             let bdev = (*self.as_ptr()).part0;
-            bindings::bio_init(&mut bio, bdev, &mut vec, 1, opf);
+            bindings::bio_init(&mut bio, bdev, vecs.as_mut_ptr(), PARTS as u16, opf);
             bio.bi_iter.bi_sector = sector.0;
-            match data {
-                Some([]) => {}
-                Some(data) => bindings::bio_add_virt_nofail(
+            bio.bi_iter.bi_size = len;
+            for part in parts.iter_mut().filter(|part| !part.is_empty()) {
+                bindings::bio_add_virt_nofail(
                     &mut bio,
-                    data.as_mut_ptr().cast(),
-                    c_uint::try_from(data.len())?,
-                ),
-                None => bio.bi_iter.bi_size = len,
+                    part.as_mut_ptr().cast(),
+                    c_uint::try_from(part.len())?,
+                );
             }
             let ret = bindings::submit_bio_wait(&mut bio);
             bindings::bio_uninit(&mut bio);

@@ -107,10 +107,11 @@ impl Pagemap {
     }
 }
 
-/// How a range is mapped, and so how the mapping goes.
-enum Kind {
-    /// By `memremap_pages()`, which has accepted this.
-    Pages(Pin<KBox<Pagemap>>),
+/// How the bytes of a mapping are reached, and so how that goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Window {
+    /// By the mapping that comes with struct pages.
+    Pages,
     /// By `memremap()`.
     Memory,
     /// By `ioremap()`.
@@ -153,9 +154,11 @@ pub(crate) struct Altmap {
 ///
 /// # Invariants
 ///
-/// The `size` bytes at `start` are mapped at `addr`, in the way of `kind`, until that is undone.
+/// The `size` bytes at `start` are mapped at `addr`, in the way of `window`, until that is undone. They
+/// have struct pages if there are `pages`, which `memremap_pages()` has accepted.
 pub(crate) struct Mapping {
-    kind: Kind,
+    window: Window,
+    pages: Option<Pin<KBox<Pagemap>>>,
     addr: NonNull<u8>,
     start: u64,
     size: u64,
@@ -191,68 +194,42 @@ impl Mapping {
         node: Node,
         failures: Arc<dyn Failures>,
     ) -> Result<Self> {
-        // SAFETY: Computed from constants.
-        let align = u64::try_from(unsafe { bindings::memremap_compat_align() })?;
-        let last = last(&region, start, size)?;
+        let (pages, addr) = map_pages(&region, start, size, altmap, node, failures)?;
         let room = altmap.map_or(0, |altmap| altmap.size);
-        let rest = size
-            .checked_sub(room)
-            .filter(|&rest| rest != 0)
-            .ok_or(EINVAL)?;
-        if altmap.is_some_and(|Altmap { kept, size }| kept >= size) {
-            return Err(EINVAL);
-        }
-        if (start | size | room) & (align.wrapping_sub(1)) != 0 {
-            return Err(EINVAL);
-        }
-
-        if altmap.is_none() {
-            check_struct_pages(size)?;
-        }
-        let mut pgmap = bindings::dev_pagemap {
-            type_: bindings::memory_type_MEMORY_DEVICE_FS_DAX,
-            nr_range: 1,
-            ops: Pagemap::OPS,
-            ..Default::default()
-        };
-        if let Some(Altmap { kept, size }) = altmap {
-            let pages = |bytes: u64| usize::try_from(bytes / PAGE_SIZE);
-            pgmap.flags |= bindings::PGMAP_ALTMAP_VALID;
-            pgmap.altmap = bindings::vmem_altmap {
-                base_pfn: pages(start)?,
-                end_pfn: pages(last)?,
-                reserve: pages(kept)?,
-                free: pages(size.wrapping_sub(kept))?,
-                ..Default::default()
-            };
-        }
-        // SAFETY: With `nr_range` 1 this is the member of the union that is in use.
-        *unsafe { pgmap.__bindgen_anon_1.range.as_mut() } = bindings::range { start, end: last };
-        let pgmap = Pagemap {
-            map: Opaque::new(pgmap),
-            start: start.wrapping_add(room),
-            failures,
-        };
-        let pgmap = KBox::pin(pgmap, GFP_KERNEL)?;
-        // INVARIANT: It is pinned, and nobody else knows it yet.
-        // SAFETY: As above.
-        unsafe { (*pgmap.map.get()).owner = (&raw const *pgmap).cast_mut().cast() };
-
-        // SAFETY: `pgmap` is initialized, and pinned until `memunmap_pages()`. The range is
-        // claimed by `region`, so that nobody else has a mapping that this one could conflict
-        // with. `Node` is online. The kernel writes to the room of `altmap` alone, which its owner
-        // does not access.
-        let addr = from_err_ptr(unsafe { bindings::memremap_pages(pgmap.map.get(), node.id()) })?;
-        let addr = addr.cast::<u8>().wrapping_add(usize::try_from(room)?);
 
         // INVARIANT: Just mapped, and `room` is less than `size`.
         Ok(Mapping {
-            kind: Kind::Pages(pgmap),
-            addr: NonNull::new(addr).ok_or(ENOMEM)?,
+            window: Window::Pages,
+            pages: Some(pages),
+            addr,
             start: start.wrapping_add(room),
-            size: rest,
+            size: size.wrapping_sub(room),
             _region: region,
         })
+    }
+
+    /// Maps the `size` bytes at `start` of `region` as `cache` says, and gives them struct pages as
+    /// [`with_pages`](Self::with_pages) does.
+    ///
+    /// For these the kernel maps them once more, at addresses that nobody gets from here. What it
+    /// remembers of a range on x86, its memory type, keeps it from mapping the same bytes in two ways:
+    /// both are mapped as `cache` says, or in a way that caches less.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`with_pages`](Self::with_pages) and [`without_pages`](Self::without_pages).
+    pub(crate) fn with_pages_beside(
+        region: Arc<Region>,
+        start: u64,
+        size: u64,
+        cache: Cache,
+        node: Node,
+        failures: Arc<dyn Failures>,
+    ) -> Result<Self> {
+        let mut mapping = Self::without_pages(region.clone(), start, size, cache)?;
+        let (pages, _) = map_pages(&region, start, size, None, node, failures)?;
+        mapping.pages = Some(pages);
+        Ok(mapping)
     }
 
     /// Maps the `size` bytes at `start` of `region` as `cache` says, without struct pages.
@@ -286,15 +263,21 @@ impl Mapping {
 
         // INVARIANT: Just mapped, if it is not null.
         Ok(Mapping {
-            kind: match flags {
-                Some(_) => Kind::Memory,
-                None => Kind::Io,
+            window: match flags {
+                Some(_) => Window::Memory,
+                None => Window::Io,
             },
+            pages: None,
             addr: NonNull::new(addr.cast()).ok_or(ENOMEM)?,
             start,
             size,
             _region: region,
         })
+    }
+
+    /// Whether the memory has struct pages.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.pages.is_some()
     }
 
     /// Physical address of the first byte.
@@ -326,9 +309,7 @@ impl Mapping {
 
     /// The frames of the pages that `extent` has bytes of, if there are struct pages.
     fn frames(&self, extent: Extent) -> core::ops::Range<u64> {
-        if !matches!(self.kind, Kind::Pages(_))
-            || self.slice(extent.offset(), extent.len()).is_none()
-        {
+        if !self.has_pages() || self.slice(extent.offset(), extent.len()).is_none() {
             return 0..0;
         }
         // The mapping does not reach beyond the last address.
@@ -354,7 +335,7 @@ impl Mapping {
     /// Takes the mark of failed memory off the pages of `extent`.
     pub(crate) fn clear_poison(&self, extent: Extent) {
         for pfn in self.frames(extent) {
-            // SAFETY: It has a struct page, as `Kind::Pages` says.
+            // SAFETY: It has a struct page, as there are `pages`.
             unsafe { bindings::pmem_helper_clear_page_hwpoison(pfn as c_ulong) };
         }
     }
@@ -398,7 +379,7 @@ impl Mapping {
             let mut next = first;
             while next < end {
                 let mut inode = null_mut();
-                // SAFETY: All frames of the mapping have struct pages, as `Kind::Pages` says, and
+                // SAFETY: All frames of the mapping have struct pages, as there are `pages`, and
                 // `inode` can be written.
                 let page = unsafe {
                     bindings::pmem_helper_next_dax_page(next as c_ulong, end as c_ulong, &mut inode)
@@ -428,19 +409,87 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if matches!(self.kind, Kind::Pages(_)) {
+        if self.has_pages() {
             self.revoke();
         }
         let addr = self.addr.as_ptr().cast();
         // SAFETY: By the type invariant.
         unsafe {
-            match &self.kind {
-                Kind::Pages(pgmap) => bindings::memunmap_pages(pgmap.map.get()),
-                Kind::Memory => bindings::memunmap(addr),
-                Kind::Io => bindings::iounmap(addr),
+            if let Some(pages) = &self.pages {
+                bindings::memunmap_pages(pages.map.get());
+            }
+            match self.window {
+                Window::Pages => {}
+                Window::Memory => bindings::memunmap(addr),
+                Window::Io => bindings::iounmap(addr),
             }
         }
     }
+}
+
+/// Maps the `size` bytes at `start` of `region` with struct pages, see [`Mapping::with_pages`], and
+/// returns what keeps them mapped, and where the bytes are that follow the room of `altmap`.
+fn map_pages(
+    region: &Region,
+    start: u64,
+    size: u64,
+    altmap: Option<Altmap>,
+    node: Node,
+    failures: Arc<dyn Failures>,
+) -> Result<(Pin<KBox<Pagemap>>, NonNull<u8>)> {
+    // SAFETY: Computed from constants.
+    let align = u64::try_from(unsafe { bindings::memremap_compat_align() })?;
+    let last = last(region, start, size)?;
+    let room = altmap.map_or(0, |altmap| altmap.size);
+    if room >= size {
+        return Err(EINVAL);
+    }
+    if altmap.is_some_and(|Altmap { kept, size }| kept >= size) {
+        return Err(EINVAL);
+    }
+    if (start | size | room) & (align.wrapping_sub(1)) != 0 {
+        return Err(EINVAL);
+    }
+
+    if altmap.is_none() {
+        check_struct_pages(size)?;
+    }
+    let mut pgmap = bindings::dev_pagemap {
+        type_: bindings::memory_type_MEMORY_DEVICE_FS_DAX,
+        nr_range: 1,
+        ops: Pagemap::OPS,
+        ..Default::default()
+    };
+    if let Some(Altmap { kept, size }) = altmap {
+        let pages = |bytes: u64| usize::try_from(bytes / PAGE_SIZE);
+        pgmap.flags |= bindings::PGMAP_ALTMAP_VALID;
+        pgmap.altmap = bindings::vmem_altmap {
+            base_pfn: pages(start)?,
+            end_pfn: pages(last)?,
+            reserve: pages(kept)?,
+            free: pages(size.wrapping_sub(kept))?,
+            ..Default::default()
+        };
+    }
+    // SAFETY: With `nr_range` 1 this is the member of the union that is in use.
+    *unsafe { pgmap.__bindgen_anon_1.range.as_mut() } = bindings::range { start, end: last };
+    let pgmap = Pagemap {
+        map: Opaque::new(pgmap),
+        start: start.wrapping_add(room),
+        failures,
+    };
+    let pgmap = KBox::pin(pgmap, GFP_KERNEL)?;
+    // INVARIANT: It is pinned, and nobody else knows it yet.
+    // SAFETY: As above.
+    unsafe { (*pgmap.map.get()).owner = (&raw const *pgmap).cast_mut().cast() };
+
+    // SAFETY: `pgmap` is initialized, and pinned until `memunmap_pages()`. The range is
+    // claimed by `region`, so that nobody else has a mapping that this one could conflict
+    // with. `Node` is online. The kernel writes to the room of `altmap` alone, which its owner
+    // does not access.
+    let addr = from_err_ptr(unsafe { bindings::memremap_pages(pgmap.map.get(), node.id()) })?;
+    let addr = addr.cast::<u8>().wrapping_add(usize::try_from(room)?);
+    Ok((pgmap, NonNull::new(addr).ok_or(ENOMEM)?))
 }
 
 /// The last of `size` bytes from `start` on, if all of them are in `region`.

@@ -16,6 +16,7 @@ pub(crate) mod dax;
 pub(crate) mod daxbus;
 pub(crate) mod debugfs;
 pub(crate) mod disk;
+pub(crate) mod global;
 pub(crate) mod hotplug;
 #[cfg(CONFIG_KUNIT = "y")]
 pub(crate) mod kunit;
@@ -23,6 +24,7 @@ pub(crate) mod mapping;
 pub(crate) mod mc;
 pub(crate) mod numa;
 pub(crate) mod param;
+pub(crate) mod pci;
 pub(crate) mod percpu;
 pub(crate) mod platform;
 pub(crate) mod random;

@@ -5,6 +5,7 @@
 //! C header: [`include/linux/numa.h`](srctree/include/linux/numa.h)
 
 use super::bindings;
+use kernel::device::Device;
 
 /// A NUMA node, or none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,6 +17,15 @@ impl Node {
     pub(crate) fn of_phys(start: u64) -> Self {
         // SAFETY: Reads the tables that firmware described the machine with; any address will do.
         Node(unsafe { bindings::pmem_helper_phys_to_online_node(start) })
+    }
+
+    /// Returns the node that `device` is next to or, when that one is offline, the nearest node that is
+    /// online.
+    pub(crate) fn of_device(device: &Device) -> Self {
+        // The type is transparent.
+        let device = core::ptr::from_ref(device).cast_mut().cast();
+        // SAFETY: The device is valid.
+        Node(unsafe { bindings::pmem_helper_dev_to_online_node(device) })
     }
 
     /// Returns the node that memory at the physical address `start` would belong to, which may be

@@ -8,6 +8,7 @@
 
 mod e820;
 mod memmap;
+mod pci;
 #[cfg(CONFIG_VIRTIO)]
 mod virtio;
 
@@ -117,6 +118,7 @@ pub(crate) type Disks = KVec<(Directory, Disk<PmemDevice>)>;
 /// Devices that become disks as they come, if there are to be some.
 pub(crate) struct Devices {
     _virtio: Option<Pin<KBox<virtio::Registration>>>,
+    _pci: Option<Pin<KBox<pci::Registration>>>,
 }
 
 /// Disks that are complete, and that nobody sees yet.
@@ -124,12 +126,15 @@ pub(crate) struct Prepared {
     disks: KVec<PreparedDisk>,
     /// Whether somebody asked for some.
     asked: bool,
-    /// How to make disks of devices that come later.
-    virtio: Option<virtio::Context>,
+    later: Later,
 }
 
 /// How to make disks of devices that come later.
-pub(crate) struct Later(Option<virtio::Context>);
+#[derive(Default)]
+pub(crate) struct Later {
+    virtio: Option<virtio::Context>,
+    pci: Option<pci::Context>,
+}
 
 struct PreparedDisk {
     number: u32,
@@ -153,7 +158,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
     let mut prepared = Prepared {
         disks: KVec::new(),
         asked: false,
-        virtio: None,
+        later: Later::default(),
     };
     let config = match Config::new(Params {
         start: text("pmem_start", memmap::PMEM_START.get())?,
@@ -161,6 +166,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
         count: text("pmem_count", memmap::PMEM_COUNT.get())?,
         e820: text("pmem_e820", e820::PMEM_E820.get())?,
         virtio: text("pmem_virtio", virtio::param())?,
+        iopmem: text("iopmem", pci::param())?,
         lbs: text("pmem_lbs", PMEM_LBS.get())?,
         first: text("pmem_first", PMEM_FIRST.get())?,
         cache: text("pmem_cache", PMEM_CACHE.get())?,
@@ -181,7 +187,10 @@ pub(crate) fn prepare() -> Result<Prepared> {
         clflushopt: cpu::has_clflushopt(),
     };
     let debugfs = Arc::new(Dir::new(c"pmem", None), GFP_KERNEL)?;
-    prepared.virtio = virtio::Context::new(&config, cpu, &debugfs);
+    prepared.later = Later {
+        virtio: virtio::Context::new(&config, cpu, &debugfs),
+        pci: pci::Context::new(&config, cpu, &debugfs)?,
+    };
 
     let mut ranges = KVec::new();
     for find in PROVIDERS {
@@ -243,7 +252,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
 impl Prepared {
     /// Whether there are none, nor will be: who has asked for some does not wait for others.
     pub(crate) fn is_empty(&self) -> bool {
-        self.disks.is_empty() && (self.asked || self.virtio.is_none())
+        self.disks.is_empty() && (self.asked || self.later.is_nothing())
     }
 
     /// The error for who wanted disks, when there are none. It is logged, too.
@@ -291,11 +300,15 @@ impl Prepared {
                 }
             }
         }
-        Ok((disks, Later(self.virtio)))
+        Ok((disks, self.later))
     }
 }
 
 impl Later {
+    fn is_nothing(&self) -> bool {
+        self.virtio.is_none() && self.pci.is_none()
+    }
+
     /// Begins to make disks of devices. A disk may be there when this returns, so that it is the last
     /// thing that may fail, and it does not when `committed` says that it is too late for that.
     ///
@@ -307,22 +320,38 @@ impl Later {
     /// - `ENOMEM`.
     pub(crate) fn begin(self, module: &'static ThisModule, committed: bool) -> Result<Devices> {
         // Who has it built in may want nothing.
-        if cfg!(MODULE) && self.0.is_some() && !committed {
-            pr_info!("no range is given; virtio-pmem devices become disks when they come\n");
-        }
-        let registered = self.0.map(|context| context.register(module)).transpose();
-        match registered {
-            Ok(_virtio) => Ok(Devices { _virtio }),
-            Err(error) => {
-                pr_err!(
-                    "no virtio-pmem devices are served: the driver cannot be registered ({:?})\n",
-                    error
-                );
-                if !committed {
-                    return Err(error);
+        if cfg!(MODULE) && !self.is_nothing() && !committed {
+            pr_info!(
+                "no range is given; devices become disks when they come: {}\n",
+                match (&self.virtio, &self.pci) {
+                    (Some(_), Some(_)) => "virtio-pmem, and PCI functions that iopmem is bound to",
+                    (Some(_), None) => "virtio-pmem",
+                    _ => "PCI functions that iopmem is bound to",
                 }
-                Ok(Devices { _virtio: None })
-            }
+            );
+        }
+        let tell = |what, error: &Error| {
+            pr_err!(
+                "no {} are served: the driver cannot be registered ({:?})\n",
+                what,
+                error
+            );
+        };
+        let virtio = self.virtio.map(|context| context.register(module));
+        let virtio = virtio
+            .transpose()
+            .inspect_err(|error| tell("virtio-pmem devices", error));
+        let pci = self.pci.map(|context| context.register(module));
+        let pci = pci
+            .transpose()
+            .inspect_err(|error| tell("PCI functions", error));
+        match (virtio, pci) {
+            // Where one of them is registered, there may be a disk.
+            (Err(error), Err(_) | Ok(None)) | (Ok(None), Err(error)) if !committed => Err(error),
+            (virtio, pci) => Ok(Devices {
+                _virtio: virtio.unwrap_or_default(),
+                _pci: pci.unwrap_or_default(),
+            }),
         }
     }
 }

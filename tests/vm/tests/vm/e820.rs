@@ -152,7 +152,7 @@ fn beside_nd_e820() -> Result<()> {
         let nd = "/sys/bus/platform/drivers/e820_pmem";
         let wait = "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0";
         vm.sh(wait)?;
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         let before = Trace::of(vm)?;
 
         let refused = vm.insmod(PMEM_KO, "pmem_e820=1 pmem_first=5")?;

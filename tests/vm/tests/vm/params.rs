@@ -18,7 +18,7 @@ const ENXIO: i32 = 6;
 const BAD: &[(&str, i32, &[&str])] = &[
     // What is missing.
     (
-        "pmem_virtio=0",
+        "pmem_virtio=0 iopmem=0",
         EINVAL,
         &[
             "no range is given",
@@ -272,7 +272,7 @@ fn bad_parameters_name_their_fault_and_leave_no_trace() -> Result<()> {
             .range(Use::Reserved, 512 * MIB, 64 * MIB);
     boot(machine, |vm| {
         // What a first load leaves in any case, such as a taint, is there before the first look.
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         let before = Trace::of(vm)?;
         let mut faults = Vec::new();
         for (params, errno, needles) in BAD {
@@ -403,6 +403,30 @@ fn modinfo_tells_all() -> Result<()> {
                 "Default: 1",
                 "(charp)",
             ],
+        ),
+        (
+            "parm:           iopmem:",
+            &["PCI function", "0 or 1", "Default: 1", "(charp)"],
+        ),
+        (
+            "parm:           iopmem_bar:",
+            &["0 to 5", "largest", "Example: 2", "(charp)"],
+        ),
+        (
+            "parm:           iopmem_cache:",
+            &["wc, uc or wb", "Default: wc", "(charp)"],
+        ),
+        (
+            "parm:           iopmem_dax:",
+            &["struct pages", "Default: 1", "(charp)"],
+        ),
+        (
+            "parm:           iopmem_p2pdma:",
+            &["end of the BAR", "Default: 0", "Example: 64MiB", "(charp)"],
+        ),
+        (
+            "parm:           iopmem_persistent:",
+            &["without power", "Default: 0", "(charp)"],
         ),
         (
             "parm:           pmem_first:",

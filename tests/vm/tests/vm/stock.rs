@@ -46,7 +46,7 @@ fn beside_nd_pmem() -> Result<()> {
         .module("nd_e820");
     boot(machine, |vm| {
         vm.sh("for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0")?;
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         let before = Trace::of(vm)?;
         let refused = vm.insmod(PMEM_KO, "pmem_start=4G pmem_size=1GiB")?;
         // Not EEXIST, which the module loader keeps for a module that is loaded twice.
@@ -99,7 +99,7 @@ fn a_name_taken_in_the_middle_is_refused_before_anything_is_added() -> Result<()
              echo namespace0.0 >/sys/bus/nd/drivers/nd_pmem/unbind; test ! -e /dev/pmem0",
         )?;
         // What the first load of a module leaves.
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         let before = Trace::of(vm)?;
         let refused = vm.insmod(PMEM_KO, "pmem_start=4G pmem_size=512MiB pmem_count=3")?;
         assert_eq!(refused.map_err(|error| error.errno), Err(EBUSY));

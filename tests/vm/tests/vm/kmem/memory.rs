@@ -14,7 +14,7 @@ use xtask::vm::{Vm, PMEM_KO};
 fn format_none_is_ram_but_for_its_superblocks() -> Result<()> {
     boot(stock()?, |vm| {
         // What a first load leaves in any case, such as a taint, is there before the first look.
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         prepare(vm)?;
         let before = Trace::of(vm)?;
         assert_eq!(meminfo(vm, 1, "MemTotal")?, 0);

@@ -144,7 +144,7 @@ fn bad_parameters_name_their_fault_and_leave_no_trace() -> Result<()> {
         .range(Use::Reserved, UPPER + 512 * MIB, 512 * MIB)
         .range(Use::Reserved, 512 * MIB, 256 * MIB);
     boot(machine, |vm| {
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         prepare(vm)?;
         let before = Trace::of(vm)?;
         let mut faults = Vec::new();
@@ -179,7 +179,7 @@ fn what_has_no_format_is_not_touched() -> Result<()> {
         Ok(())
     };
     boot(stock()?.persistent(&memory), |vm| {
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         prepare(vm)?;
         let before = Trace::of(vm)?;
         for params in [
@@ -285,7 +285,7 @@ fn a_format_is_kept_unless_forced() -> Result<()> {
 #[test]
 fn memory_blocks_are_online_all_or_none() -> Result<()> {
     boot(stock()?, |vm| {
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         let before = Trace::of(vm)?;
         vm.write("/sys/devices/system/memory/auto_online_blocks", b"offline")?;
         refused(
@@ -541,7 +541,7 @@ fn virtio_mem_and_a_range_exclude_each_other() -> Result<()> {
             Ok(())
         };
         bound(1)?;
-        vm.insmod(PMEM_KO, "pmem_virtio=0")?.unwrap_err();
+        vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?.unwrap_err();
         prepare(vm)?;
         let before = Trace::of(vm)?;
         // Twice: what is there by now is a superblock.

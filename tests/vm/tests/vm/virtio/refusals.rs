@@ -113,7 +113,7 @@ fn devices_can_be_left_to_others() -> Result<()> {
     let memory = Persistent::new(64 * MIB)?;
     boot(stock()?.virtio_pmem(&memory), |vm| {
         // Nothing to do is a mistake.
-        let refused = vm.insmod(PMEM_KO, "pmem_virtio=0")?;
+        let refused = vm.insmod(PMEM_KO, "pmem_virtio=0 iopmem=0")?;
         ensure!(
             refused.map_err(|error| error.errno) == Err(EINVAL),
             "it loads with nothing to do"
