@@ -17,6 +17,7 @@ mod accel;
 mod channel;
 mod console;
 mod cpio;
+mod crates;
 mod flushes;
 mod image;
 mod memory;

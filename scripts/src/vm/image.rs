@@ -6,10 +6,11 @@
 //! every kernel, and cached. The second has the agent, the kernel's modules and what else one machine asks for.
 
 use super::cpio::Archive;
+use super::crates;
 use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::root::Root;
-use crate::{cache, exec, repo};
+use crate::{cache, exec};
 use anyhow::{bail, ensure, Context, Result};
 use pmem_guest::EARLY_MODULES;
 use std::collections::BTreeSet;
@@ -17,7 +18,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::{Mutex, PoisonError};
 
 /// The build root's programs that guests have, beside busybox.
@@ -119,37 +120,12 @@ fn agent(progress: &Progress) -> Result<PathBuf> {
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     match &*built {
         Some(path) => Ok(path.clone()),
-        None => Ok(built.insert(build_agent(progress)?).clone()),
+        None => {
+            let flags = "-C target-feature=+crt-static -C strip=symbols";
+            let results = crates::build("pmem-guest", "guest", flags, "guest agent", progress)?;
+            Ok(built.insert(results.join("pmem-guest")).clone())
+        }
     }
-}
-
-fn build_agent(progress: &Progress) -> Result<PathBuf> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    // A directory of its own: cargo holds the other one's lock while it runs us as a test.
-    let target = repo::target().join("guest");
-    let step = progress.step("guest agent");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args([
-            "build",
-            "--release",
-            "--package",
-            "pmem-guest",
-            "--target",
-            TARGET,
-        ])
-        .arg("--target-dir")
-        .arg(&target)
-        .current_dir(repo::dir())
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env(
-            "RUSTFLAGS",
-            "-C target-feature=+crt-static -C strip=symbols",
-        );
-    exec::run(&mut cargo, "guest-agent", &step)
-        .context("the guest agent cannot be built on this host")?;
-    step.done();
-    Ok(target.join(TARGET).join("release/pmem-guest"))
 }
 
 /// The archive of programs and libraries.
