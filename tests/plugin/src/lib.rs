@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A plugin for QEMU that sees each access of a guest's CPUs to memory, and has [`pmem_trace`] count them.
+//!
+//! ```text
+//! qemu-system-x86_64 -accel tcg -plugin libpmem_plugin.so,socket=PATH
+//! ```
+//!
+//! QEMU shows the accesses of translated code, and those of helpers that act for an instruction as the CPU would:
+//! strings, vectors (in pieces of 16 bytes) and atomic instructions, which are a load and a store. It does not show
+//! those of `fxsave`, `xsave` and their counterparts, those of devices, and the CPU's own walks of page tables.
+
+#![forbid(unsafe_code)]
+
+use pmem_trace::{Kind, Watcher};
+use qemu_plugin::error::{Error, Result};
+use qemu_plugin::install::{Args, Info};
+use qemu_plugin::plugin::{HasCallbacks, Register};
+use qemu_plugin::{register, MemRW, MemoryInfo, PluginId, TranslationBlock};
+use std::os::unix::net::UnixListener;
+use std::thread;
+
+static WATCHER: Watcher = Watcher::new();
+
+struct Plugin;
+
+impl HasCallbacks for Plugin {
+    fn on_translation_block_translate(
+        &mut self,
+        _id: PluginId,
+        block: TranslationBlock<'_>,
+    ) -> Result<()> {
+        for instruction in block.instructions() {
+            let pc = instruction.vaddr();
+            // CPUs that execute the same instruction share what is called: it must not change what it captures.
+            instruction.register_memory_access_callback(
+                move |_cpu, access, address| note(pc, &access, address),
+                MemRW::QEMU_PLUGIN_MEM_RW,
+            );
+        }
+        Ok(())
+    }
+}
+
+/// An access by the instruction at `pc` to the virtual `address`.
+fn note(pc: u64, access: &MemoryInfo<'_>, address: u64) {
+    if !WATCHER.is_watching() {
+        return;
+    }
+    let kind = match access.is_store() {
+        true => Kind::Store,
+        false => Kind::Load,
+    };
+    let size = 1 << access.size_shift();
+    let physical = access.hwaddr(address).map(|physical| physical.hwaddr());
+    WATCHER.note(kind, physical, size, pc);
+}
+
+impl Register for Plugin {
+    fn register(&mut self, _id: PluginId, args: &Args, _info: &Info) -> Result<()> {
+        let socket = args
+            .raw
+            .iter()
+            .find_map(|argument| argument.strip_prefix("socket="))
+            .ok_or_else(|| Error::BoxedError("the argument socket=PATH is missing".into()))?;
+        let listener = UnixListener::bind(socket)?;
+        thread::Builder::new()
+            .name("pmem-plugin".into())
+            .spawn(move || WATCHER.serve(&listener))?;
+        Ok(())
+    }
+}
+
+register!(Plugin);
