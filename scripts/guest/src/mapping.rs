@@ -2,12 +2,47 @@
 
 //! A shared mapping of a file: the one place in the guest that needs `unsafe`.
 
+use std::arch::asm;
 use std::arch::x86_64::{_mm_clflush, _mm_sfence};
 use std::fs::File;
 use std::io;
 use std::ptr::{self, NonNull};
 
 use rustix::mm::{madvise, mmap, msync, munmap, Advice, MapFlags, MsyncFlags, ProtFlags};
+
+/// An instruction that accesses memory, with how many bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Instruction {
+    /// `mov` from memory: 1, 2, 4 or 8 bytes.
+    Load(usize),
+    /// `mov` to memory: 1, 2, 4 or 8 bytes.
+    Store(usize),
+    /// `movdqu` from memory: 16 bytes.
+    LoadVector,
+    /// `movdqu` to memory: 16 bytes.
+    StoreVector,
+    /// `movnti`: 8 bytes past the caches.
+    StoreNonTemporal,
+    /// `lock add`: 8 bytes, read and written.
+    Add,
+    /// `rep stosq`: eight times 8 bytes.
+    StoreString,
+    /// `rep movsb`: 32 single bytes to memory that are elsewhere, on the stack.
+    CopyString,
+}
+
+impl Instruction {
+    /// How many bytes are accessed in all, from the address on.
+    pub fn len(self) -> usize {
+        match self {
+            Self::Load(len) | Self::Store(len) => len,
+            Self::LoadVector | Self::StoreVector => 16,
+            Self::StoreNonTemporal | Self::Add => 8,
+            Self::StoreString => 64,
+            Self::CopyString => 32,
+        }
+    }
+}
 
 /// A file, mapped shared, readable and writable.
 ///
@@ -63,6 +98,72 @@ impl Mapping {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: By the invariants they are mapped, and `self` is borrowed by the caller alone.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+
+    /// Executes `instruction` on the bytes from `at` on: no other instruction, and not twice.
+    pub fn execute(&mut self, instruction: Instruction, at: usize) -> io::Result<()> {
+        let bytes = at
+            .checked_add(instruction.len())
+            .and_then(|end| self.bytes_mut().get_mut(at..end));
+        let Some(bytes) = bytes else {
+            return Err(io::Error::other(format!("{at} is beyond the file's end")));
+        };
+        let to = bytes.as_mut_ptr();
+        let from = [0x5au8; 32];
+        // SAFETY: All bytes that these access are in `bytes`, which `self` is borrowed for, or in `from`. None needs an
+        // alignment. They change no register that the compiler is not told of, and no stack.
+        unsafe {
+            match instruction {
+                Instruction::Load(1) => {
+                    asm!("mov {:l}, [{}]", out(reg_abcd) _, in(reg) to, options(nostack))
+                }
+                Instruction::Load(2) => {
+                    asm!("mov {:x}, [{}]", out(reg) _, in(reg) to, options(nostack))
+                }
+                Instruction::Load(4) => {
+                    asm!("mov {:e}, [{}]", out(reg) _, in(reg) to, options(nostack))
+                }
+                Instruction::Load(8) => {
+                    asm!("mov {:r}, [{}]", out(reg) _, in(reg) to, options(nostack))
+                }
+                Instruction::Store(1) => {
+                    asm!("mov [{}], {:l}", in(reg) to, in(reg_abcd) 1u64, options(nostack))
+                }
+                Instruction::Store(2) => {
+                    asm!("mov [{}], {:x}", in(reg) to, in(reg) 2u64, options(nostack))
+                }
+                Instruction::Store(4) => {
+                    asm!("mov [{}], {:e}", in(reg) to, in(reg) 4u64, options(nostack))
+                }
+                Instruction::Store(8) => {
+                    asm!("mov [{}], {:r}", in(reg) to, in(reg) 8u64, options(nostack))
+                }
+                Instruction::Load(len) | Instruction::Store(len) => {
+                    return Err(io::Error::other(format!("no mov has {len} bytes")))
+                }
+                Instruction::LoadVector => {
+                    asm!("movdqu {}, [{}]", out(xmm_reg) _, in(reg) to, options(nostack))
+                }
+                Instruction::StoreVector => {
+                    asm!("movdqu [{}], {}", in(reg) to, in(xmm_reg) 0f64, options(nostack))
+                }
+                Instruction::StoreNonTemporal => {
+                    asm!("movnti [{}], {}", in(reg) to, in(reg) 8u64, options(nostack))
+                }
+                Instruction::Add => {
+                    asm!("lock add [{}], {}", in(reg) to, in(reg) 1u64, options(nostack))
+                }
+                Instruction::StoreString => asm!(
+                    "rep stosq",
+                    inout("rcx") 8u64 => _, inout("rdi") to => _, in("rax") 3u64, options(nostack)
+                ),
+                Instruction::CopyString => asm!(
+                    "rep movsb",
+                    inout("rcx") 32u64 => _, inout("rsi") from.as_ptr() => _, inout("rdi") to => _, options(nostack)
+                ),
+            }
+        }
+        Ok(())
     }
 
     /// Makes all stores durable as an application of persistent memory does: by writing cache lines

@@ -14,7 +14,7 @@ use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
 use crate::aligned::Aligned;
-use crate::mapping::Mapping;
+use crate::mapping::{Instruction, Mapping};
 use crate::timing;
 use crate::virtio;
 use crate::writers;
@@ -45,6 +45,10 @@ usage: pmem-guest PROGRAM ...
   census DISK WORD                  count pages that are zero, have a WORD, or neither, as JSON
   poll FILE SECONDS                 wait until a file in sysfs says that it has changed, and print it
   mmap-read FILE PAGE               read a page of a mapping
+  access FILE BYTES INSTRUCTION@OFFSET*COUNT ...
+                                    execute instructions on a mapping: load1 to load8, store1 to store8, load16,
+                                    store16, movnti, add, stosq, movsb
+  functions ADDRESS ...             print which of the kernel's functions these are in, a line each
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
@@ -120,6 +124,8 @@ pub fn run(args: &[String]) -> io::Result<()> {
             black_box(map(file)?.bytes()[number(page)? * PAGE]);
             Ok(())
         }
+        ["access", file, len, accesses @ ..] => access(file, number(len)?, accesses),
+        ["functions", addresses @ ..] => functions(addresses),
         ["poison", file, page] => {
             let (mut mapping, at) = (map(file)?, number(page)? * PAGE);
             mapping.poison(at, PAGE)?;
@@ -224,6 +230,85 @@ fn verify(data: &[u8], len: usize, seed: u64) -> io::Result<()> {
             )))
         }
     }
+}
+
+/// Executes instructions on a mapping of the first `len` bytes, each as often as it says.
+fn access(path: &str, len: usize, accesses: &[&str]) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut mapping = Mapping::new(&file, len, false)?;
+    for access in accesses {
+        let parts = access
+            .split_once('*')
+            .and_then(|(access, count)| Some((access.split_once('@')?, count)));
+        let Some(((name, at), count)) = parts else {
+            return Err(io::Error::other(format!(
+                "{access:?} is not INSTRUCTION@OFFSET*COUNT"
+            )));
+        };
+        let instruction = instruction(name)?;
+        let at = number(at)?;
+        for _ in 0..number(count)? {
+            mapping.execute(instruction, at)?;
+        }
+    }
+    Ok(())
+}
+
+fn instruction(name: &str) -> io::Result<Instruction> {
+    Ok(match name {
+        "load16" => Instruction::LoadVector,
+        "store16" => Instruction::StoreVector,
+        "movnti" => Instruction::StoreNonTemporal,
+        "add" => Instruction::Add,
+        "stosq" => Instruction::StoreString,
+        "movsb" => Instruction::CopyString,
+        _ => match (name.strip_prefix("load"), name.strip_prefix("store")) {
+            (Some(len), _) => Instruction::Load(number(len)?),
+            (_, Some(len)) => Instruction::Store(number(len)?),
+            _ => return Err(io::Error::other(format!("no instruction {name:?}"))),
+        },
+    })
+}
+
+/// Prints the functions of the kernel and its modules that have `addresses`, or the addresses themselves.
+fn functions(addresses: &[&str]) -> io::Result<()> {
+    /// The kernel's half of the address space.
+    const KERNEL: u64 = 1 << 63;
+
+    let hexadecimal = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+    let addresses: Vec<u64> = addresses
+        .iter()
+        .map(|text| {
+            let wrong = || io::Error::other(format!("{text:?} is not an address"));
+            hexadecimal(text).ok_or_else(wrong)
+        })
+        .collect::<io::Result<_>>()?;
+    let symbols = std::fs::read_to_string("/proc/kallsyms")?;
+    let mut found: Vec<Option<(u64, &str, Option<&str>)>> = vec![None; addresses.len()];
+    for line in symbols.lines() {
+        let mut fields = line.split_whitespace();
+        let symbol = (|| Some((hexadecimal(fields.next()?)?, fields.next()?, fields.next()?)))();
+        let Some((start, "t" | "T" | "w" | "W", name)) = symbol else {
+            continue;
+        };
+        let module = fields.next();
+        for (&address, found) in addresses.iter().zip(&mut found) {
+            let nearer = found.is_none_or(|(best, ..)| start > best);
+            if address >= KERNEL && address >= start && nearer {
+                *found = Some((start, name, module));
+            }
+        }
+    }
+    for (address, found) in addresses.iter().zip(found) {
+        match found {
+            Some((start, name, None)) => println!("{name}+{:#x}", address - start),
+            Some((start, name, Some(module))) => {
+                println!("{name}+{:#x} {module}", address - start);
+            }
+            None => println!("{address:#x}"),
+        }
+    }
+    Ok(())
 }
 
 /// Faults that needed no I/O, of this process.
