@@ -14,6 +14,7 @@
 //! Its serial port is the console, kept in a file; over a port of its virtio console the agent is told what to do.
 
 mod accel;
+mod accesses;
 mod channel;
 mod console;
 mod cpio;
@@ -28,6 +29,7 @@ pub use flushes::{Fault, Flush};
 pub use image::{Image, Module};
 pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
 pub use pmem_guest::{End, Ran};
+pub use pmem_trace::{Accesses, Counted, Kind, Shape};
 
 use crate::flavour::Flavour;
 use crate::kernel::Kernel;
@@ -40,6 +42,7 @@ use flushes::Faulty;
 use pmem_guest::{Bytes, Call, Reply, Request, Run, PORT};
 use std::fmt;
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -123,6 +126,7 @@ pub struct Builder<'a> {
     persistent: Option<&'a Persistent>,
     virtio: Vec<virtio::Device<'a>>,
     traced: bool,
+    watched: bool,
     faulty: Option<Faulty>,
     ranges: Option<Vec<(Use, u64, u64)>>,
     cpus: u32,
@@ -148,6 +152,7 @@ impl<'a> Builder<'a> {
             persistent: None,
             virtio: Vec::new(),
             traced: false,
+            watched: false,
             faulty: None,
             ranges: None,
             cpus: 2,
@@ -227,6 +232,14 @@ impl<'a> Builder<'a> {
     pub fn flush_fault(mut self, fault: Fault, first: u64, last: Option<u64>) -> Self {
         self.traced = true;
         self.faulty = Some(Faulty { fault, first, last });
+        self
+    }
+
+    /// Has QEMU see how the guest's CPUs access memory, for [`Vm::watch`]. The guest is then emulated in any case, and
+    /// takes twice the time that others take.
+    pub fn watch_accesses(mut self) -> Self {
+        self.watched = true;
+        self.boot_timeout = self.boot_timeout.max(2 * BOOT);
         self
     }
 
@@ -416,8 +429,16 @@ impl<'a> Builder<'a> {
             .as_ref()
             .context("this kernel has no image to boot")?;
         let accelerator = match self.accelerator {
+            Some(Accelerator::Kvm) if self.watched => {
+                bail!("accesses to memory can be watched where the guest is emulated, not with KVM")
+            }
             Some(accelerator) => accelerator,
+            None if self.watched => Accelerator::Tcg,
             None => Accelerator::choose(self.kernel, self.root, self.progress)?,
+        };
+        let plugin = match self.watched {
+            true => Some(accesses::plugin(self.progress)?),
+            false => None,
         };
         let parent = cache::create()?.join("vm");
         fs::create_dir_all(&parent)
@@ -462,6 +483,9 @@ impl<'a> Builder<'a> {
         } else {
             enter.command(QEMU)
         };
+        if let Some(plugin) = &plugin {
+            qemu.args(accesses::arguments(plugin));
+        }
         qemu.args(accelerator.arguments())
             .args(self.arguments(dir.path(), bzimage))
             .stdin(Stdio::piped())
@@ -789,6 +813,49 @@ impl Vm {
     /// The host's flushes of virtio-pmem devices so far, see [`Builder::watch_flushes`].
     pub fn flushes(&self) -> Result<Vec<Flush>> {
         flushes::parse(&self.file(flushes::LOG)).with_context(|| self.name.clone())
+    }
+
+    /// Counts how the guest's CPUs access this range of physical addresses from now on, and forgets what was counted
+    /// before. The machine must have been started with [`Builder::watch_accesses`].
+    pub fn watch(&self, range: Range<u64>) -> Result<()> {
+        let start = range.start;
+        let size = range.end.saturating_sub(start);
+        match self.ask_plugin(pmem_trace::Request::Watch { start, size })? {
+            pmem_trace::Reply::Done => Ok(()),
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        }
+    }
+
+    /// What was counted since [`Vm::watch`]: all that there was, or this fails.
+    pub fn accesses(&self) -> Result<Accesses> {
+        let accesses = match self.ask_plugin(pmem_trace::Request::Report)? {
+            pmem_trace::Reply::Accesses(accesses) => accesses,
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        };
+        ensure!(
+            accesses.lost == 0,
+            "{}: QEMU does not know the addresses of {} accesses to memory, which may be in the range",
+            self.name,
+            accesses.lost
+        );
+        Ok(accesses)
+    }
+
+    fn ask_plugin(&self, request: pmem_trace::Request) -> Result<pmem_trace::Reply> {
+        let dir = self.dir.as_ref().context("the machine has gone")?;
+        pmem_trace::ask(&dir.path().join(accesses::SOCKET), request).with_context(|| {
+            format!(
+                "{}: QEMU does not tell of accesses to memory; it does if the machine has Builder::watch_accesses",
+                self.name
+            )
+        })
+    }
+
+    /// Says in a line for each of `counted` how many there were of what shape, and which function of the kernel's, or
+    /// of a module's, which is then in brackets, made them. Of programs, it is the address.
+    pub fn explain(&self, counted: &[Counted]) -> Result<String> {
+        let functions = self.sh(&accesses::lookup(counted).join(" "))?;
+        accesses::explain(counted, &functions)
     }
 
     /// Cuts the power: what the guest had not made durable is lost.
