@@ -22,4 +22,5 @@ mod stock;
 mod suspend;
 mod sysfs;
 mod tools;
+mod trace;
 mod virtio;
