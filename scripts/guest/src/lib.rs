@@ -176,6 +176,34 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
+/// Xorshift: the same bytes for the same seed, in the guest and on the host.
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    /// A sequence of this seed's.
+    pub fn new(seed: u64) -> Self {
+        // A state of 0 would stay 0.
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next number.
+    #[expect(clippy::should_implement_trait, reason = "it does not end")]
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Fills `to`.
+    pub fn bytes(mut self, to: &mut [u8]) {
+        for word in to.chunks_mut(8) {
+            word.copy_from_slice(&self.next().to_le_bytes()[..word.len()]);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

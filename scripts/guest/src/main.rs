@@ -8,10 +8,13 @@
 
 mod agent;
 mod aligned;
+mod direct;
 mod mapping;
+mod pci;
 mod programs;
 mod timing;
 mod virtio;
+mod window;
 mod writers;
 
 use std::process::ExitCode;

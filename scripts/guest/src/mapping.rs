@@ -166,6 +166,30 @@ impl Mapping {
         Ok(())
     }
 
+    /// Stores `words` from offset `at` on, each by one instruction.
+    pub fn store_words(&mut self, at: usize, words: &[u64]) {
+        let to = &mut self.bytes_mut()[at..][..size_of_val(words)];
+        // SAFETY: Any bytes are words.
+        let (before, to, after) = unsafe { to.align_to_mut::<u64>() };
+        assert!(before.is_empty() && after.is_empty(), "not of whole words");
+        for (to, &word) in to.iter_mut().zip(words) {
+            // SAFETY: It is a reference.
+            unsafe { ptr::from_mut(to).write_volatile(word) };
+        }
+    }
+
+    /// Loads words from offset `at` on into `words`, each by one instruction.
+    pub fn load_words(&self, at: usize, words: &mut [u64]) {
+        let from = &self.bytes()[at..][..size_of_val(words)];
+        // SAFETY: Any bytes are words.
+        let (before, from, after) = unsafe { from.align_to::<u64>() };
+        assert!(before.is_empty() && after.is_empty(), "not of whole words");
+        for (word, from) in words.iter_mut().zip(from) {
+            // SAFETY: It is a reference.
+            *word = unsafe { ptr::from_ref(from).read_volatile() };
+        }
+    }
+
     /// Makes all stores durable as an application of persistent memory does: by writing cache lines
     /// back, without a system call. For mappings with `MAP_SYNC`.
     pub fn persist(&mut self) {

@@ -9,14 +9,18 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use pmem_guest::Random;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
 use crate::aligned::Aligned;
+use crate::direct;
 use crate::mapping::{Instruction, Mapping};
+use crate::pci;
 use crate::timing;
 use crate::virtio;
+use crate::window;
 use crate::writers;
 
 const USAGE: &str = "\
@@ -28,8 +32,13 @@ usage: pmem-guest PROGRAM ...
   mmap-verify FILE BYTES SEED       compare the file, by a mapping, with what SEED makes
   pmd FILE                          map 2 MiB, touch every page, print the faults taken, as JSON
   odirect-from-dax FROM TO BYTES    write FROM's mapping to TO with O_DIRECT
+  odirect-into-dax FROM TO BYTES    read FROM with O_DIRECT into a mapping of TO
+  direct-write DISK BYTES SEED      write pseudo-random bytes with O_DIRECT, in requests and buffers of odd shapes
+  direct-verify DISK BYTES SEED     compare the disk with what SEED makes, in other requests and buffers
   bench-mmap FILE BYTES read|write SECONDS
                                     random 4 KiB accesses through a mapping, as JSON
+  bench-bar RESOURCE BYTES read|write BLOCK SECONDS
+                                    copy blocks at random places of a mapped PCI BAR, word by word, as JSON
   hog BYTES WORD UNTIL              take memory, store WORD everywhere in it, keep it until the file UNTIL is there,
                                     and look whether the WORDs are, too
   compare FILE DISK BYTES           compare the first BYTES of both
@@ -52,6 +61,8 @@ usage: pmem-guest PROGRAM ...
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
+  slot PORT on|off|dead|show        set the slot behind a PCIe port, behind its driver's back: without power and light,
+                                    or without power
   virtio-status PCI-DEVICE          print the status of a virtio device
   virtio-set PCI-DEVICE FIELD=VALUE ...
                                     write its fields behind its driver's back: status, queue, enable, desc, driver,
@@ -88,6 +99,20 @@ pub fn run(args: &[String]) -> io::Result<()> {
         }
         ["pmd", file] => pmd(file),
         ["odirect-from-dax", from, to, len] => odirect(from, to, number(len)?),
+        ["odirect-into-dax", from, to, len] => direct::into_mapping(from, to, number(len)?),
+        ["direct-write", disk, len, seed] => {
+            direct::write(disk, number(len)?, number(seed)? as u64)
+        }
+        ["direct-verify", disk, len, seed] => {
+            direct::verify(disk, number(len)?, number(seed)? as u64)
+        }
+        ["bench-bar", resource, len, op @ ("read" | "write"), block, seconds] => window::bench(
+            resource,
+            number(len)?,
+            *op == "write",
+            number(block)?,
+            Duration::from_secs(number(seconds)? as u64),
+        ),
         ["bench-mmap", file, len, op @ ("read" | "write"), seconds] => bench(
             file,
             number(len)?,
@@ -145,6 +170,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
                 .open(disk)?;
             unreadable(&disk, 512, number(count)?)
         }
+        ["slot", port, what] => pci::slot(port, what),
         ["virtio-status", device] => virtio::status(device),
         ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
         ["time-write", attribute, text] => timing::write(attribute, text),
@@ -159,29 +185,6 @@ pub fn run(args: &[String]) -> io::Result<()> {
 fn number(text: &str) -> io::Result<usize> {
     text.parse()
         .map_err(|error| io::Error::other(format!("{text:?} is not a number: {error}")))
-}
-
-/// Xorshift: the same bytes for the same seed, here and on the host.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        // A state of 0 would stay 0.
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub fn bytes(mut self, to: &mut [u8]) {
-        for word in to.chunks_mut(8) {
-            word.copy_from_slice(&self.next().to_le_bytes()[..word.len()]);
-        }
-    }
 }
 
 fn create(path: &str) -> io::Result<File> {

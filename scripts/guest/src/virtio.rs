@@ -3,12 +3,12 @@
 //! Writes to a virtio device behind its driver's back, through the window in its PCI configuration space that the
 //! virtio specification has for firmware (`VIRTIO_PCI_CAP_PCI_CFG`).
 
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Where the list of capabilities begins, and a capability of a vendor's own.
-const CAPABILITIES: u64 = 0x34;
+use crate::pci::Config;
+
+/// A capability of a vendor's own.
 const VENDOR: u8 = 9;
 
 /// Kinds of structures of a virtio device.
@@ -36,58 +36,47 @@ struct Structure {
 
 /// The window to a device.
 struct Window {
-    config: File,
+    config: Config,
     at: u64,
 }
 
 impl Window {
     fn open(device: &str) -> io::Result<Self> {
-        let config = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(format!("/sys/bus/pci/devices/{device}/config"))?;
+        let config = Config::open(device)?;
         let at = find(&config, WINDOW)?.at;
         Ok(Self { config, at })
     }
 
     /// Points it at `len` bytes of a structure, and says where they are then.
     fn select(&self, structure: &Structure, offset: u32, len: u32) -> io::Result<u64> {
-        self.config.write_all_at(&[structure.bar], self.at + 4)?;
+        let config = &self.config.file;
+        config.write_all_at(&[structure.bar], self.at + 4)?;
         let offset = structure.offset + offset;
-        self.config
-            .write_all_at(&offset.to_le_bytes(), self.at + 8)?;
-        self.config.write_all_at(&len.to_le_bytes(), self.at + 12)?;
+        config.write_all_at(&offset.to_le_bytes(), self.at + 8)?;
+        config.write_all_at(&len.to_le_bytes(), self.at + 12)?;
         Ok(self.at + 16)
     }
 
     fn write(&self, structure: &Structure, offset: u32, value: &[u8]) -> io::Result<()> {
         for (piece, offset) in value.chunks(4).zip((offset..).step_by(4)) {
             let at = self.select(structure, offset, piece.len() as u32)?;
-            self.config.write_all_at(piece, at)?;
+            self.config.file.write_all_at(piece, at)?;
         }
         Ok(())
     }
 }
 
 /// The first structure of this kind.
-fn find(config: &File, kind: u8) -> io::Result<Structure> {
-    let mut bytes = [0; 256];
-    config.read_exact_at(&mut bytes, 0)?;
-    let byte = |at: u64| bytes.get(at as usize).copied().unwrap_or_default();
-    let mut at = u64::from(byte(CAPABILITIES));
-    while at != 0 {
-        if byte(at) == VENDOR && byte(at + 3) == kind {
-            return Ok(Structure {
-                at,
-                bar: byte(at + 4),
-                offset: u32::from_le_bytes([8, 9, 10, 11].map(|n| byte(at + n))),
-            });
-        }
-        at = u64::from(byte(at + 1));
-    }
-    Err(io::Error::other(format!(
-        "the device has no structure of kind {kind}"
-    )))
+fn find(config: &Config, kind: u8) -> io::Result<Structure> {
+    let capabilities = config.capabilities(VENDOR)?;
+    let found = capabilities.iter().find(|(_, bytes)| bytes[3] == kind);
+    let &(at, bytes) = found
+        .ok_or_else(|| io::Error::other(format!("the device has no structure of kind {kind}")))?;
+    Ok(Structure {
+        at,
+        bar: bytes[4],
+        offset: u32::from_le_bytes([8, 9, 10, 11].map(|n| bytes[n])),
+    })
 }
 
 /// Sets fields in order, each as `FIELD=VALUE`; `notify=QUEUE` is the driver's signal that a queue has something.
@@ -122,7 +111,7 @@ pub fn status(device: &str) -> io::Result<()> {
     let common = find(&window.config, COMMON)?;
     let at = window.select(&common, FIELDS[0].1, 1)?;
     let mut status = [0];
-    window.config.read_exact_at(&mut status, at)?;
+    window.config.file.read_exact_at(&mut status, at)?;
     println!("{:#04x}", status[0]);
     Ok(())
 }

@@ -27,7 +27,7 @@ use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
 use crate::aligned::Aligned;
-use crate::programs::Random;
+use pmem_guest::Random;
 
 const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
