@@ -11,10 +11,13 @@
 //! | node 0: System RAM |  PCI  | node 1: memmap=upper$4G |                        | virtio-pmem devices |
 //! ```
 //!
+//! PCI devices whose memory is behind a BAR are where the firmware puts them.
+//!
 //! Its serial port is the console, kept in a file; over a port of its virtio console the agent is told what to do.
 
 mod accel;
 mod accesses;
+mod bar;
 mod channel;
 mod console;
 mod cpio;
@@ -22,13 +25,14 @@ mod crates;
 mod flushes;
 mod image;
 mod memory;
+mod monitor;
 mod virtio;
 
 pub use accel::Accelerator;
 pub use flushes::{Fault, Flush};
 pub use image::{Image, Module};
 pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
-pub use pmem_guest::{End, Ran};
+pub use pmem_guest::{End, Ran, Random};
 pub use pmem_trace::{Accesses, Counted, Kind, Shape};
 
 use crate::flavour::Flavour;
@@ -39,6 +43,7 @@ use crate::{cache, repo};
 use anyhow::{bail, ensure, Context, Error, Result};
 use channel::{Channel, Silence};
 use flushes::Faulty;
+use monitor::{Monitor, Pluggable};
 use pmem_guest::{Bytes, Call, Reply, Request, Run, PORT};
 use std::fmt;
 use std::fs::{self, File};
@@ -48,7 +53,6 @@ use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-use virtio::Monitor;
 
 /// Where the driver's module is in a guest that has one.
 pub const PMEM_KO: &str = "/pmem.ko";
@@ -125,6 +129,7 @@ pub struct Builder<'a> {
     upper: u64,
     persistent: Option<&'a Persistent>,
     virtio: Vec<virtio::Device<'a>>,
+    pci: bar::Devices<'a>,
     traced: bool,
     watched: bool,
     faulty: Option<Faulty>,
@@ -151,6 +156,7 @@ impl<'a> Builder<'a> {
             upper: GIB,
             persistent: None,
             virtio: Vec::new(),
+            pci: bar::Devices::default(),
             traced: false,
             watched: false,
             faulty: None,
@@ -219,6 +225,44 @@ impl<'a> Builder<'a> {
             plugged,
         });
         self
+    }
+
+    /// Adds a PCI device whose BAR 2 is this memory, of a size that is a power of two. May be given again: they are
+    /// numbered from 0 on.
+    pub fn bar(self, memory: &'a Persistent) -> Self {
+        self.bar_device(memory, true)
+    }
+
+    /// As [`Builder::bar`], but it is not there until [`Vm::plug_bar`].
+    pub fn bar_later(self, memory: &'a Persistent) -> Self {
+        self.bar_device(memory, false)
+    }
+
+    fn bar_device(mut self, memory: &'a Persistent, plugged: bool) -> Self {
+        self.pci.bars.push(bar::Device { memory, plugged });
+        self
+    }
+
+    /// Adds an NVMe disk with this content. May be given again.
+    pub fn nvme(mut self, content: &'a Persistent) -> Self {
+        self.pci.disks.push(content);
+        self
+    }
+
+    /// Keeps the addresses of the guest's memory that NVMe disks read and write, for [`Vm::nvme_accesses`].
+    pub fn watch_nvme(self) -> Self {
+        self.qemu(&bar::WATCH)
+    }
+
+    /// Has all BARs and NVMe disks behind one PCIe switch. They cannot be plugged in later.
+    pub fn pcie_switch(mut self) -> Self {
+        self.pci.switched = true;
+        self
+    }
+
+    /// Has PCIe ports tell the guest themselves that devices come and go, not by ACPI.
+    pub fn native_hotplug(self) -> Self {
+        self.qemu(&bar::NATIVE)
     }
 
     /// Keeps the times of the host's flushes of virtio-pmem devices, for [`Vm::flushes`].
@@ -387,12 +431,21 @@ impl<'a> Builder<'a> {
         push("-kernel", image.display().to_string());
         push("-initrd", dir.join("initrd").display().to_string());
         push("-append", self.command_line());
+        if self.has_monitor() {
+            args.extend(monitor::arguments());
+        }
         args.extend(virtio::arguments(&self.virtio));
+        args.extend(bar::arguments(&self.pci));
         if self.faulty.is_some() {
             args.extend(flushes::ONE_THREAD.map(str::to_owned));
         }
         args.extend(self.devices.iter().cloned());
         args
+    }
+
+    /// Whether devices can come and go.
+    fn has_monitor(&self) -> bool {
+        !self.virtio.is_empty() || !self.pci.bars.is_empty()
     }
 
     /// Boots the machine, and waits until it does what it is told.
@@ -469,8 +522,10 @@ impl<'a> Builder<'a> {
         if let Some(memory) = self.persistent {
             enter = enter.bind(memory.dir(), memory.dir());
         }
-        for device in &self.virtio {
-            enter = enter.bind(device.memory.dir(), device.memory.dir());
+        let memories = self.virtio.iter().map(|device| device.memory);
+        let memories = memories.chain(self.pci.bars.iter().map(|device| device.memory));
+        for memory in memories.chain(self.pci.disks.iter().copied()) {
+            enter = enter.bind(memory.dir(), memory.dir());
         }
         const QEMU: &str = "qemu-system-x86_64";
         let mut qemu = if self.traced {
@@ -505,12 +560,13 @@ impl<'a> Builder<'a> {
             qemu: child,
             channel: Mutex::new(Some(Channel::new(to, from))),
             monitor: Mutex::default(),
+            places: bar::Places::new(&self.pci, self.virtio.len()),
             dir: Some(dir),
             kept: None,
             modules: modules.iter().map(Module::path).collect(),
         };
         let vm = vm.booted(started, self.boot_timeout)?;
-        if !self.virtio.is_empty() {
+        if self.has_monitor() {
             // At once: QEMU tells no news to who comes late.
             let monitor = Monitor::connect(&path)?;
             *vm.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(monitor);
@@ -534,8 +590,9 @@ pub struct Vm {
     qemu: Child,
     /// `None` once it has become a terminal.
     channel: Mutex<Option<Channel>>,
-    /// `None` without virtio-pmem devices.
+    /// `None` without devices that can come and go.
     monitor: Mutex<Option<Monitor>>,
+    places: bar::Places,
     dir: Option<TempDir>,
     kept: Option<PathBuf>,
     /// Paths of what is loaded at boot.
@@ -794,20 +851,65 @@ impl Vm {
         let mut monitor = self.monitor.lock().unwrap_or_else(PoisonError::into_inner);
         let monitor = monitor
             .as_mut()
-            .context("the machine has no virtio-pmem devices")?;
+            .context("the machine has no devices that can come and go")?;
         ask(monitor).with_context(|| self.name.clone())
     }
 
     /// Plugs virtio-pmem device number `n` in, which the guest notices by and by.
     pub fn plug(&self, n: usize) -> Result<()> {
-        self.monitor(|monitor| monitor.plug(n))
+        self.monitor(|monitor| monitor.plug(&virtio::pluggable(n)))
     }
 
     /// Has the guest switch off the slot of virtio-pmem device number `n`, which may take until `timeout`, and waits
     /// until the device has gone. QEMU does not offer to begin this: its `device_del` knows no such devices.
     pub fn unplug(&self, n: usize, timeout: Duration) -> Result<()> {
         self.sh_for(&virtio::switch_off(n), timeout)?;
-        self.monitor(|monitor| monitor.wait_until_gone(n, SLACK))
+        self.wait_until_gone(&virtio::pluggable(n), SLACK)
+    }
+
+    fn wait_until_gone(&self, device: &Pluggable, timeout: Duration) -> Result<()> {
+        self.monitor(|monitor| monitor.wait_until_gone(device, timeout))
+    }
+
+    /// Plugs BAR number `n` in, which the guest notices by and by.
+    pub fn plug_bar(&self, n: usize) -> Result<()> {
+        self.monitor(|monitor| monitor.plug(&bar::pluggable(n)))
+    }
+
+    /// Asks the guest to let go of BAR number `n`, and waits until it has. With [`Builder::native_hotplug`] the guest
+    /// begins after five seconds, in which somebody could change his mind.
+    pub fn unplug_bar(&self, n: usize, timeout: Duration) -> Result<()> {
+        let device = bar::pluggable(n);
+        self.monitor(|monitor| monitor.unplug(&device))?;
+        self.wait_until_gone(&device, timeout)
+    }
+
+    /// Pulls BAR number `n` out of its slot: nobody in the guest was asked. With [`Builder::native_hotplug`] the guest is
+    /// told.
+    pub fn pull_bar(&self, n: usize) -> Result<()> {
+        // To QEMU a slot without power and light has no device.
+        self.sh(&format!("pmem-guest slot {} off", self.bar_port(n)))?;
+        self.wait_until_gone(&bar::pluggable(n), SLACK)
+    }
+
+    /// The PCI function of BAR number `n`.
+    pub fn bar(&self, n: usize) -> String {
+        self.places.bar(n)
+    }
+
+    /// The PCI function of the port that BAR number `n` is behind.
+    pub fn bar_port(&self, n: usize) -> String {
+        self.places.port(n)
+    }
+
+    /// The PCI function of NVMe disk number `n`.
+    pub fn nvme(&self, n: usize) -> String {
+        self.places.disk(n)
+    }
+
+    /// The guest's memory that NVMe disks have read or written so far, addresses and bytes, see [`Builder::watch_nvme`].
+    pub fn nvme_accesses(&self) -> Vec<(u64, u64)> {
+        bar::accesses(&self.file("qemu"))
     }
 
     /// The host's flushes of virtio-pmem devices so far, see [`Builder::watch_flushes`].

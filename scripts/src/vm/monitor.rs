@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! QEMU's monitor: devices come and go while the machine runs.
+
+use anyhow::{ensure, Context, Result};
+use qapi::qmp::{self, Event};
+use qapi::{Dictionary, Qmp, Stream};
+use std::fmt;
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The socket, in the machine's directory.
+const SOCKET: &str = "qmp";
+
+/// How long the monitor may take for an answer.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// How often to ask for events.
+const TICK: Duration = Duration::from_millis(50);
+
+/// QEMU's arguments for it.
+pub(super) fn arguments() -> [String; 2] {
+    [
+        "-qmp".to_owned(),
+        format!("unix:{SOCKET},server=on,wait=off"),
+    ]
+}
+
+/// A device that can be plugged in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Pluggable {
+    /// QEMU's type of it.
+    pub driver: &'static str,
+    /// Its name.
+    pub id: String,
+    /// The port that it is behind.
+    pub bus: String,
+    /// The name of its memory, and that of the option that takes it.
+    pub memory: (&'static str, String),
+}
+
+impl Pluggable {
+    /// The value of `-device`.
+    pub fn argument(&self) -> String {
+        let (option, memory) = &self.memory;
+        let (driver, id, bus) = (self.driver, &self.id, &self.bus);
+        format!("{driver},id={id},bus={bus},{option}={memory}")
+    }
+}
+
+/// QEMU's monitor.
+pub(super) struct Monitor {
+    qmp: Qmp<Stream<BufReader<UnixStream>, UnixStream>>,
+    /// Names of devices that have gone, until somebody asks.
+    gone: Vec<String>,
+}
+
+impl Monitor {
+    /// Connects to the machine whose directory this is.
+    pub fn connect(dir: &Path) -> Result<Self> {
+        let path = dir.join(SOCKET);
+        let stream = UnixStream::connect(&path)
+            .with_context(|| format!("cannot connect to QEMU's monitor {}", path.display()))?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let mut qmp = Qmp::new(Stream::new(reader, stream));
+        qmp.handshake().context("QEMU's monitor does not answer")?;
+        Ok(Self {
+            qmp,
+            gone: Vec::new(),
+        })
+    }
+
+    /// Plugs a device in.
+    pub fn plug(&mut self, device: &Pluggable) -> Result<()> {
+        let (option, memory) = &device.memory;
+        let command = qmp::device_add {
+            driver: device.driver.into(),
+            id: Some(device.id.clone()),
+            bus: Some(device.bus.clone()),
+            arguments: Dictionary::from_iter([((*option).to_owned(), memory.clone().into())]),
+        };
+        self.qmp
+            .execute(&command)
+            .with_context(|| format!("QEMU does not plug in {}", device.id))?;
+        Ok(())
+    }
+
+    /// Asks the guest to let go of a device.
+    pub fn unplug(&mut self, device: &Pluggable) -> Result<()> {
+        let command = qmp::device_del {
+            id: device.id.clone(),
+        };
+        self.qmp
+            .execute(&command)
+            .with_context(|| format!("QEMU does not ask for {}", device.id))?;
+        Ok(())
+    }
+
+    /// Waits until a device has gone.
+    pub fn wait_until_gone(&mut self, device: &Pluggable, timeout: Duration) -> Result<()> {
+        let name = &device.id;
+        let deadline = Instant::now() + timeout;
+        loop {
+            self.qmp.nop().context("QEMU's monitor does not answer")?;
+            self.gone
+                .extend(self.qmp.events().filter_map(|event| match event {
+                    Event::DEVICE_DELETED { data, .. } => data.device,
+                    _ => None,
+                }));
+            if let Some(at) = self.gone.iter().position(|gone| gone == name) {
+                self.gone.remove(at);
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{name} is still there after {} s",
+                timeout.as_secs()
+            );
+            thread::sleep(TICK);
+        }
+    }
+}
+
+impl fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Monitor")
+            .field("gone", &self.gone)
+            .finish_non_exhaustive()
+    }
+}
