@@ -19,7 +19,7 @@ use xtask::progress::Progress;
 use xtask::test::FLAVOURS_VARIABLE;
 use xtask::vm::{Builder, Setup, Vm, PMEM_KO};
 
-pub use xtask::vm::{End, Persistent, Use, GIB, MIB, UPPER};
+pub use xtask::vm::{End, Persistent, Random, Use, GIB, MIB, UPPER};
 
 static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::plain);
 

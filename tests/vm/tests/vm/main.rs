@@ -9,6 +9,7 @@ mod disks;
 mod e820;
 mod filesystems;
 mod io;
+mod iopmem;
 mod kexec;
 mod kmem;
 mod lifecycle;
