@@ -3,6 +3,7 @@
 //! `cargo xtask bench`: the driver beside the kernel's own.
 
 pub mod fio;
+mod iopmem;
 mod kmem;
 mod pmem;
 pub mod table;
@@ -65,6 +66,8 @@ enum Which {
     Kmem,
     /// Disks of virtio-pmem devices, which the host makes durable, beside virtio_pmem and nd_pmem.
     Virtio,
+    /// The disk of a PCI BAR, beside a program that has such a BAR mapped, and brd.
+    Iopmem,
 }
 
 /// How to measure.
@@ -163,6 +166,7 @@ pub fn run(args: &Args) -> Result<()> {
             virtio::titles(args.instructions).collect(),
             virtio::table,
         ),
+        (Which::Iopmem, iopmem::titles().collect(), iopmem::table),
     ] {
         if !wanted(which) {
             continue;

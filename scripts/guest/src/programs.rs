@@ -37,7 +37,7 @@ usage: pmem-guest PROGRAM ...
   direct-verify DISK BYTES SEED     compare the disk with what SEED makes, in other requests and buffers
   bench-mmap FILE BYTES read|write SECONDS
                                     random 4 KiB accesses through a mapping, as JSON
-  bench-bar RESOURCE BYTES read|write BLOCK SECONDS
+  bench-bar RESOURCE BYTES read|write BLOCK MILLISECONDS
                                     copy blocks at random places of a mapped PCI BAR, word by word, as JSON
   hog BYTES WORD UNTIL              take memory, store WORD everywhere in it, keep it until the file UNTIL is there,
                                     and look whether the WORDs are, too
@@ -106,12 +106,12 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["direct-verify", disk, len, seed] => {
             direct::verify(disk, number(len)?, number(seed)? as u64)
         }
-        ["bench-bar", resource, len, op @ ("read" | "write"), block, seconds] => window::bench(
+        ["bench-bar", resource, len, op @ ("read" | "write"), block, time] => window::bench(
             resource,
             number(len)?,
             *op == "write",
             number(block)?,
-            Duration::from_secs(number(seconds)? as u64),
+            Duration::from_millis(number(time)? as u64),
         ),
         ["bench-mmap", file, len, op @ ("read" | "write"), seconds] => bench(
             file,
