@@ -202,6 +202,23 @@ pub fn into_mapping(from: &str, to: &str, bytes: usize) -> io::Result<()> {
     mapping.msync()
 }
 
+/// Reads the first `bytes` of a disk with O_DIRECT into memory that the file `memory` gives to who maps it, looks whether
+/// that is what `seed` makes, and writes what the next seed makes from there to the disk, behind what was read.
+pub fn through(disk: &str, memory: &str, bytes: usize, seed: u64) -> io::Result<()> {
+    let disk = Disk::open(disk)?;
+    let memory = OpenOptions::new().read(true).write(true).open(memory)?;
+    let mut mapping = Mapping::new(&memory, bytes, false)?;
+    disk.file.read_exact_at(mapping.bytes_mut(), 0)?;
+    let mut wanted = vec![0; bytes];
+    Random::new(seed).bytes(&mut wanted);
+    if mapping.bytes() != wanted {
+        return Err(io::Error::other("what was read is not what is on the disk"));
+    }
+    Random::new(seed + 1).bytes(mapping.bytes_mut());
+    disk.file.write_all_at(mapping.bytes(), bytes as u64)?;
+    disk.file.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -35,6 +35,9 @@ usage: pmem-guest PROGRAM ...
   odirect-into-dax FROM TO BYTES    read FROM with O_DIRECT into a mapping of TO
   direct-write DISK BYTES SEED      write pseudo-random bytes with O_DIRECT, in requests and buffers of odd shapes
   direct-verify DISK BYTES SEED     compare the disk with what SEED makes, in other requests and buffers
+  odirect-through DISK MEMORY BYTES SEED
+                                    read DISK with O_DIRECT into memory that a file gives who maps it, compare that with
+                                    what SEED makes, and write what SEED+1 makes from there to DISK, behind it
   bench-mmap FILE BYTES read|write SECONDS
                                     random 4 KiB accesses through a mapping, as JSON
   bench-bar RESOURCE BYTES read|write BLOCK MILLISECONDS
@@ -100,6 +103,9 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["pmd", file] => pmd(file),
         ["odirect-from-dax", from, to, len] => odirect(from, to, number(len)?),
         ["odirect-into-dax", from, to, len] => direct::into_mapping(from, to, number(len)?),
+        ["odirect-through", disk, memory, len, seed] => {
+            direct::through(disk, memory, number(len)?, number(seed)? as u64)
+        }
         ["direct-write", disk, len, seed] => {
             direct::write(disk, number(len)?, number(seed)? as u64)
         }

@@ -104,7 +104,7 @@ fn small_bars_are_disks_without_dax() -> Result<()> {
             let said = log(vm)?;
             ensure!(
                 said.iter()
-                    .any(|line| line.contains("DAX") && line.contains("2MiB")),
+                    .any(|line| line.contains("BAR 2 gets no DAX") && line.contains("2MiB")),
                 "it is not said why there is no DAX: {said:#?}"
             );
             use_it(vm, memory, size, 7)?;

@@ -2,7 +2,7 @@
 
 //! Peers: an NVMe disk that reads and writes files on a BAR by itself, past the machine's own memory.
 
-use super::{compare, pattern, place, serve, wait, DRIVER, EXT4, LONG};
+use super::{compare, pattern, place, says, serve, wait, DRIVER, EXT4, LONG};
 use anyhow::{ensure, Result};
 use std::collections::HashSet;
 use std::fs;
@@ -136,6 +136,69 @@ fn an_nvme_disk_reads_and_writes_files_on_a_bar() -> Result<()> {
 #[test]
 fn an_nvme_disk_behind_the_same_switch_does() -> Result<()> {
     moves_by_itself(true)
+}
+
+/// The kernel's own memory for peers, which has no files, is at the end of the BAR, and the disk before it.
+#[test]
+fn the_end_of_a_bar_is_p2pdma_memory() -> Result<()> {
+    const SHARE: u64 = 32 * MIB;
+    let (memory, disk) = (Persistent::new(SIZE)?, Persistent::new(64 * MIB)?);
+    fs::write(disk.path(), pattern(5, 64 * MIB))?;
+    let Some(machine) = machine(&memory, &disk)? else {
+        return Ok(());
+    };
+    // Behind one switch the kernel knows that they reach each other.
+    boot(machine.pcie_switch(), |vm| {
+        wait(vm, NVME)?;
+        for params in ["", "iopmem_dax=0", ""] {
+            serve(vm, &format!("iopmem_p2pdma=32MiB {params}"))?;
+            let function = vm.bar(0);
+            let start = place(vm, &function)?;
+            says(
+                vm,
+                &[
+                    ("size", &((SIZE - SHARE) / 512).to_string()),
+                    ("queue/dax", if params.is_empty() { "1" } else { "0" }),
+                    ("device/p2pmem/size", &SHARE.to_string()),
+                    ("device/p2pmem/available", &SHARE.to_string()),
+                ],
+            )?;
+            vm.sh_for(
+                &format!("pmem-guest direct-write /dev/iopmem0 {LEN} 8 && sync /dev/iopmem0"),
+                LONG,
+            )?;
+            let before = vm.nvme_accesses().len();
+            vm.sh_for(
+                &format!(
+                    "pmem-guest odirect-through /dev/{NVME} /sys/bus/pci/devices/{function}/p2pmem/allocate {LEN} 5"
+                ),
+                LONG,
+            )?;
+            let accesses = vm.nvme_accesses();
+            let (share, other): (Vec<_>, Vec<_>) = accesses[before..]
+                .iter()
+                .partition(|(at, _)| (start + SIZE - SHARE..start + SIZE).contains(at));
+            let sum = |of: &[&(u64, u64)]| of.iter().map(|(_, len)| len).sum::<u64>();
+            ensure!(
+                sum(&share) >= 2 * LEN && sum(&other) < LEN / 16,
+                "{} bytes of the BAR's end, {} of other memory",
+                sum(&share),
+                sum(&other)
+            );
+            let written = fs::read(disk.path())?;
+            ensure!(
+                written[LEN as usize..][..LEN as usize] == pattern(6, LEN),
+                "the disk has something else"
+            );
+            // The disk's part has not changed.
+            compare(&memory, 8, LEN)?;
+            unload(vm)?;
+            vm.sh(&format!(
+                "test ! -e /sys/bus/pci/devices/{function}/p2pmem/size"
+            ))?;
+        }
+        Ok(())
+    })
 }
 
 /// Pages that a peer reads and writes must not become something else's: the driver goes when the peer is done.

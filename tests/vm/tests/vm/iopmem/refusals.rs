@@ -55,15 +55,20 @@ fn bad_parameters_name_their_fault() -> Result<()> {
     boot(machine(&memory)?, |vm| {
         let before = trace(vm)?;
         for (params, words) in [
-            ("iopmem_bar=6", ["iopmem_bar=6", "5"]),
-            ("iopmem_bar=-1", ["iopmem_bar=-1", "5"]),
-            ("iopmem_bar=x", ["iopmem_bar=x", "5"]),
-            ("iopmem_cache=wt", ["iopmem_cache=wt", "wc"]),
-            ("iopmem_cache=WC", ["iopmem_cache=WC", "wc"]),
-            ("iopmem_dax=2", ["iopmem_dax=2", "1"]),
-            ("iopmem_dax=yes", ["iopmem_dax=yes", "1"]),
-            ("iopmem=2", ["iopmem=2", "1"]),
-            ("iopmem_persistent=maybe", ["iopmem_persistent=maybe", "1"]),
+            ("iopmem_bar=6", ["iopmem_bar=6:", "0, 1, 2, 3, 4 or 5"]),
+            ("iopmem_bar=-1", ["iopmem_bar=-1:", "0, 1, 2, 3, 4 or 5"]),
+            ("iopmem_bar=x", ["iopmem_bar=x:", "0, 1, 2, 3, 4 or 5"]),
+            ("iopmem_cache=wt", ["iopmem_cache=wt:", "wc, uc or wb"]),
+            ("iopmem_cache=WC", ["iopmem_cache=WC:", "wc, uc or wb"]),
+            ("iopmem_dax=2", ["iopmem_dax=2:", "1 or 0"]),
+            ("iopmem_dax=yes", ["iopmem_dax=yes:", "1 or 0"]),
+            ("iopmem=2", ["iopmem=2:", "1 or 0"]),
+            (
+                "iopmem_persistent=maybe",
+                ["iopmem_persistent=maybe:", "1 or 0"],
+            ),
+            ("iopmem_p2pdma=1M", ["iopmem_p2pdma=1M:", "2MiB"]),
+            ("iopmem_p2pdma=all", ["iopmem_p2pdma=all:", "number"]),
         ] {
             let refused = vm.insmod(PMEM_KO, params)?;
             ensure!(
@@ -115,23 +120,26 @@ fn a_bar_that_is_not_there_is_refused() -> Result<()> {
         let function = vm.bar(0);
         for bar in [1, 3, 4, 5] {
             load(vm, &format!("iopmem_bar={bar}"))?;
-            is_refused(vm, &function, "No such device")?;
-            is_said(vm, &[&function, &format!("BAR {bar}")])?;
+            is_refused(vm, &function, "Invalid argument")?;
+            is_said(
+                vm,
+                &[&function, &format!("iopmem_bar={bar}"), "is not there"],
+            )?;
             unload(vm)?;
         }
-        // Its registers, which are memory, of less than a sector's size.
+        // Its registers, which are memory, but less of it than a sector.
         load(vm, "iopmem_bar=0")?;
-        let ran = vm.try_sh(&format!(
-            "echo iopmem >/sys/bus/pci/devices/{function}/driver_override
-             echo {function} >{DRIVER}/bind"
-        ))?;
-        ensure!(ran.end != End::Exit(0), "{ran:?}");
-        is_said(vm, &[&function, "BAR 0"])?;
-        vm.sh(&format!(
-            "{NO_DISK}
-             echo >/sys/bus/pci/devices/{function}/driver_override"
-        ))?;
+        is_refused(vm, &function, "Invalid argument")?;
+        is_said(vm, &[&function, "BAR 0 of 256B", "too small", "512B"])?;
         unload(vm)?;
+        Trace::of(vm)?.check(&before)?;
+        // All of it is more than there is of it.
+        for share in ["4MiB", "1GiB"] {
+            load(vm, &format!("iopmem_p2pdma={share}"))?;
+            is_refused(vm, &function, "Invalid argument")?;
+            is_said(vm, &[&function, &format!("iopmem_p2pdma={share}")])?;
+            unload(vm)?;
+        }
         Trace::of(vm)?.check(&before)?;
         // By its number, it is the one that is chosen without.
         serve(vm, "iopmem_bar=2")?;
@@ -160,7 +168,7 @@ fn a_function_without_memory_is_refused() -> Result<()> {
         ))?;
         load(vm, "")?;
         is_refused(vm, SERIAL, "No such device")?;
-        is_said(vm, &[SERIAL, "memory BAR"])?;
+        is_said(vm, &[SERIAL, "none of its BARs is memory"])?;
         // Also by its identity.
         vm.sh(&format!(
             "echo 1b36 0002 >{DRIVER}/new_id
@@ -169,8 +177,8 @@ fn a_function_without_memory_is_refused() -> Result<()> {
         ))?;
         unload(vm)?;
         load(vm, "iopmem_bar=0")?;
-        is_refused(vm, SERIAL, "No such device")?;
-        is_said(vm, &[SERIAL, "BAR 0", "memory"])?;
+        is_refused(vm, SERIAL, "Invalid argument")?;
+        is_said(vm, &[SERIAL, "iopmem_bar=0", "I/O ports"])?;
         unload(vm)?;
         Trace::of(vm)?.check(&before)
     })
@@ -195,7 +203,10 @@ fn a_function_or_a_bar_of_others_is_refused() -> Result<()> {
             ran.end != End::Exit(0) && ran.stderr.contains("busy"),
             "{ran:?}"
         );
-        is_said(vm, &[&first, &format!("{start:#x}")])?;
+        is_said(
+            vm,
+            &[&first, &format!("{start:#x}"), "claimed by another driver"],
+        )?;
         // The one that nobody has is served.
         vm.sh(&format!(
             "echo >/sys/bus/pci/devices/{first}/driver_override
