@@ -60,7 +60,7 @@ fn completed_writes_survive_in_each_mode() -> Result<()> {
         unload(vm)?;
         // All of the mappings are gone.
         let types = vm.text("/sys/kernel/debug/x86/pat_memtype_list")?;
-        ensure!(!types.contains("0x100000000-"), "{types}");
+        ensure!(!types.contains("0x0000000100000000-"), "{types}");
         load(vm, &format!("{LOAD} pmem_cache=uc"))
     })?;
     boot(stock()?.persistent(&memory), |vm| {

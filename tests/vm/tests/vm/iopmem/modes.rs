@@ -28,6 +28,15 @@ fn use_it(vm: &Vm, memory: &Persistent, len: u64, seed: u64) -> Result<()> {
     compare(memory, seed, len)
 }
 
+/// How the kernel has mapped what begins at `start`.
+fn types_at(vm: &Vm, start: u64) -> Result<Vec<String>> {
+    // "PAT: [mem 0x00000000fd000000-0x00000000fe000000] write-combining"
+    let types = vm.text("/sys/kernel/debug/x86/pat_memtype_list")?;
+    let at = format!("[mem {start:#018x}-");
+    let lines = types.lines().filter(|line| line.contains(&at));
+    Ok(lines.map(str::to_owned).collect())
+}
+
 /// What the log says of the first disk.
 fn line(vm: &Vm) -> Result<String> {
     let said = log(vm)?;
@@ -55,15 +64,13 @@ fn each_way_to_map_works_with_dax_and_without() -> Result<()> {
                         ("queue/fua", "1"),
                     ],
                 )?;
-                let types = vm.text("/sys/kernel/debug/x86/pat_memtype_list")?;
-                let has = |name: &str| {
-                    types
-                        .lines()
-                        .any(|line| line.contains(name) && line.contains(&format!("0x{start:x}-")))
-                };
-                if let (Some(name), "0") = (name, dax) {
-                    ensure!(has(name), "{mode}: not {name} at {start:#x}: {types}");
-                }
+                // All mappings of the same memory are of one kind, also the one that comes with struct pages.
+                let types = types_at(vm, start)?;
+                ensure!(
+                    !types.is_empty()
+                        && name.is_none_or(|name| types.iter().all(|line| line.ends_with(name))),
+                    "{mode}, iopmem_dax={dax}: not {name:?}: {types:?}"
+                );
                 use_it(vm, &memory, LEN, n as u64 * 10)?;
                 vm.sh("mkfs.ext4 -q -F -b 4096 -O ^has_journal /dev/iopmem0 && mkdir -p /mnt/a")?;
                 let mounted =
@@ -73,11 +80,8 @@ fn each_way_to_map_works_with_dax_and_without() -> Result<()> {
                     "{mode}, iopmem_dax={dax}: {mounted:?}"
                 );
                 unload(vm)?;
-                let types = vm.text("/sys/kernel/debug/x86/pat_memtype_list")?;
-                ensure!(
-                    !types.contains(&format!("0x{start:x}-")),
-                    "{mode}: it is still mapped: {types}"
-                );
+                let types = types_at(vm, start)?;
+                ensure!(types.is_empty(), "{mode}: it is still mapped: {types:?}");
             }
         }
         Ok(())
