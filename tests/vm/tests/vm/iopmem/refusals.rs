@@ -7,6 +7,8 @@ use anyhow::{ensure, Result};
 use vm_tests::{boot, load, log, stock, unload, End, Persistent, Trace, MIB};
 use xtask::vm::{Vm, PMEM_KO};
 
+const EBUSY: i32 = 16;
+const ENODEV: i32 = 19;
 const EINVAL: i32 = 22;
 
 /// Fails if there is a disk.
@@ -23,15 +25,15 @@ fn is_said(vm: &Vm, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The driver is loaded, and refuses `function` with the error that this text is of.
-fn is_refused(vm: &Vm, function: &str, error: &str) -> Result<()> {
+/// The driver is loaded, and refuses `function` with this error.
+fn is_refused(vm: &Vm, function: &str, errno: i32) -> Result<()> {
     let ran = vm.try_sh(&format!(
         "echo iopmem >/sys/bus/pci/devices/{function}/driver_override
-         echo {function} >{DRIVER}/bind"
+         pmem-guest time-write {DRIVER}/bind {function}"
     ))?;
     ensure!(
-        ran.end != End::Exit(0) && ran.stderr.contains(error),
-        "{function}: {ran:?}, not {error:?}"
+        ran.end != End::Exit(0) && ran.stderr.contains(&format!("(os error {errno})")),
+        "{function}: {ran:?}, not error {errno}"
     );
     vm.sh(&format!(
         "test ! -e /sys/bus/pci/devices/{function}/driver
@@ -120,7 +122,7 @@ fn a_bar_that_is_not_there_is_refused() -> Result<()> {
         let function = vm.bar(0);
         for bar in [1, 3, 4, 5] {
             load(vm, &format!("iopmem_bar={bar}"))?;
-            is_refused(vm, &function, "Invalid argument")?;
+            is_refused(vm, &function, EINVAL)?;
             is_said(
                 vm,
                 &[&function, &format!("iopmem_bar={bar}"), "is not there"],
@@ -129,14 +131,14 @@ fn a_bar_that_is_not_there_is_refused() -> Result<()> {
         }
         // Its registers, which are memory, but less of it than a sector.
         load(vm, "iopmem_bar=0")?;
-        is_refused(vm, &function, "Invalid argument")?;
+        is_refused(vm, &function, EINVAL)?;
         is_said(vm, &[&function, "BAR 0 of 256B", "too small", "512B"])?;
         unload(vm)?;
         Trace::of(vm)?.check(&before)?;
         // All of it is more than there is of it.
         for share in ["4MiB", "1GiB"] {
             load(vm, &format!("iopmem_p2pdma={share}"))?;
-            is_refused(vm, &function, "Invalid argument")?;
+            is_refused(vm, &function, EINVAL)?;
             is_said(vm, &[&function, &format!("iopmem_p2pdma={share}")])?;
             unload(vm)?;
         }
@@ -167,7 +169,7 @@ fn a_function_without_memory_is_refused() -> Result<()> {
              test ! -e driver || echo {SERIAL} >driver/unbind"
         ))?;
         load(vm, "")?;
-        is_refused(vm, SERIAL, "No such device")?;
+        is_refused(vm, SERIAL, ENODEV)?;
         is_said(vm, &[SERIAL, "none of its BARs is memory"])?;
         // Also by its identity.
         vm.sh(&format!(
@@ -177,7 +179,7 @@ fn a_function_without_memory_is_refused() -> Result<()> {
         ))?;
         unload(vm)?;
         load(vm, "iopmem_bar=0")?;
-        is_refused(vm, SERIAL, "Invalid argument")?;
+        is_refused(vm, SERIAL, EINVAL)?;
         is_said(vm, &[SERIAL, "iopmem_bar=0", "I/O ports"])?;
         unload(vm)?;
         Trace::of(vm)?.check(&before)
@@ -195,22 +197,14 @@ fn a_function_or_a_bar_of_others_is_refused() -> Result<()> {
         let start = place(vm, &first)?;
         // The same memory as a range of the parameters', which come first.
         load(vm, &format!("pmem_start={start:#x} pmem_size={}", 4 * MIB))?;
-        let ran = vm.try_sh(&format!(
-            "echo iopmem >/sys/bus/pci/devices/{first}/driver_override
-             echo {first} >{DRIVER}/bind"
-        ))?;
-        ensure!(
-            ran.end != End::Exit(0) && ran.stderr.contains("busy"),
-            "{ran:?}"
-        );
+        is_refused(vm, &first, EBUSY)?;
         is_said(
             vm,
             &[&first, &format!("{start:#x}"), "claimed by another driver"],
         )?;
         // The one that nobody has is served.
         vm.sh(&format!(
-            "echo >/sys/bus/pci/devices/{first}/driver_override
-             echo {ID} >{DRIVER}/new_id
+            "echo {ID} >{DRIVER}/new_id
              test -b /dev/pmem0
              test -b /dev/iopmem0
              test ! -e /dev/iopmem1
@@ -242,8 +236,11 @@ fn a_function_moves_between_drivers() -> Result<()> {
         load(vm, "")?;
         vm.sh(&format!("echo {ID} >{DRIVER}/new_id"))?;
         vm.sh(NO_DISK)?;
-        let ran = vm.try_sh(&format!("echo {function} >{DRIVER}/bind"))?;
-        ensure!(ran.end != End::Exit(0), "{ran:?}");
+        let ran = vm.try_sh(&format!("pmem-guest time-write {DRIVER}/bind {function}"))?;
+        ensure!(
+            ran.stderr.contains(&format!("(os error {EBUSY})")),
+            "{ran:?}"
+        );
         for _ in 0..3 {
             vm.sh(&format!("echo {function} >{OTHER}/unbind"))?;
             bind(vm, &function)?;
