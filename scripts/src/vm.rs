@@ -852,7 +852,10 @@ impl Vm {
         let monitor = monitor
             .as_mut()
             .context("the machine has no devices that can come and go")?;
-        ask(monitor).with_context(|| self.name.clone())
+        ask(monitor).with_context(|| {
+            let said = self.file("qemu");
+            format!("{}: QEMU said: {:?}", self.name, console::tail(&said, 5))
+        })
     }
 
     /// Plugs virtio-pmem device number `n` in, which the guest notices by and by.
@@ -873,7 +876,8 @@ impl Vm {
 
     /// Plugs BAR number `n` in, which the guest notices by and by.
     pub fn plug_bar(&self, n: usize) -> Result<()> {
-        self.monitor(|monitor| monitor.plug(&bar::pluggable(n)))
+        let (path, size) = self.places.memory(n)?;
+        self.monitor(|monitor| monitor.plug_file(&bar::pluggable(n), path, size))
     }
 
     /// Asks the guest to let go of BAR number `n`, and waits until it has. With [`Builder::native_hotplug`] the guest
@@ -884,11 +888,14 @@ impl Vm {
         self.wait_until_gone(&device, timeout)
     }
 
-    /// Pulls BAR number `n` out of its slot: nobody in the guest was asked. With [`Builder::native_hotplug`] the guest is
-    /// told.
+    /// Pulls BAR number `n` out of its slot: nobody in the guest was asked. With [`Builder::native_hotplug`], on a machine
+    /// with one CPU, the guest is told.
     pub fn pull_bar(&self, n: usize) -> Result<()> {
-        // To QEMU a slot without power and light has no device.
-        self.sh(&format!("pmem-guest slot {} off", self.bar_port(n)))?;
+        // At once: what serves the port's interrupts has priority, too.
+        self.sh(&format!(
+            "chrt -f 99 pmem-guest slot-pull {}",
+            self.bar_port(n)
+        ))?;
         self.wait_until_gone(&bar::pluggable(n), SLACK)
     }
 

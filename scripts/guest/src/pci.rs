@@ -6,22 +6,16 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use serde_json::json;
-
 /// Where the list of capabilities begins.
 const CAPABILITIES: u64 = 0x34;
 
-/// The capability of PCI Express, and in it the slot's control register and its status.
+/// The capability of PCI Express, and in it the slot's control register.
 const EXPRESS: u8 = 0x10;
 const SLOT_CONTROL: u64 = 0x18;
-const SLOT_STATUS: u64 = 0x1a;
 
-/// Of the slot's control: the light of its power, of which this is off, and its power, of which this is off.
+/// Of that: the light of the slot's power, of which this is off, and its power, of which this is off.
 const LIGHT: u16 = 0x300;
 const POWER: u16 = 0x400;
-
-/// Of the slot's status: whether there is something in it.
-const PRESENT: u16 = 0x40;
 
 /// The configuration space of a function.
 pub struct Config {
@@ -68,36 +62,21 @@ impl Config {
     }
 }
 
-/// Sets the slot behind `port`: `off`, without power and light, as if nobody needed what is in it; `dead`, without power;
-/// or `on`. `show` says what it is.
-pub fn slot(port: &str, what: &str) -> io::Result<()> {
+/// Pulls out what is in the slot behind `port`.
+///
+/// QEMU takes it away when the slot has neither power nor light. Who drives the port must not have seen that, only that
+/// there is nothing in it any more: it runs when this ends.
+pub fn pull(port: &str) -> io::Result<()> {
     let config = Config::open(port)?;
     let express = config.capabilities(EXPRESS)?;
     let &(at, _) = express
         .first()
         .ok_or_else(|| io::Error::other(format!("{port} is not of PCI Express")))?;
     let control = config.word(at + SLOT_CONTROL)?;
-    let lit = control & !(LIGHT | POWER) | 0x100;
-    let new = match what {
-        "off" => control | LIGHT | POWER,
-        "dead" => lit | POWER,
-        "on" => lit,
-        "show" => {
-            let status = config.word(at + SLOT_STATUS)?;
-            println!(
-                "{}",
-                json!({
-                    "power": control & POWER == 0,
-                    "present": status & PRESENT != 0,
-                    "control": control,
-                    "status": status,
-                })
-            );
-            return Ok(());
-        }
-        _ => return Err(io::Error::other(format!("{what:?} is nothing of a slot's"))),
-    };
-    config
-        .file
-        .write_all_at(&new.to_le_bytes(), at + SLOT_CONTROL)
+    for control in [control | LIGHT | POWER, control] {
+        config
+            .file
+            .write_all_at(&control.to_le_bytes(), at + SLOT_CONTROL)?;
+    }
+    Ok(())
 }

@@ -64,8 +64,7 @@ usage: pmem-guest PROGRAM ...
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
-  slot PORT on|off|dead|show        set the slot behind a PCIe port, behind its driver's back: without power and light,
-                                    or without power
+  slot-pull PORT                    pull out what is in the slot behind a PCIe port of QEMU's
   virtio-status PCI-DEVICE          print the status of a virtio device
   virtio-set PCI-DEVICE FIELD=VALUE ...
                                     write its fields behind its driver's back: status, queue, enable, desc, driver,
@@ -176,7 +175,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
                 .open(disk)?;
             unreadable(&disk, 512, number(count)?)
         }
-        ["slot", port, what] => pci::slot(port, what),
+        ["slot-pull", port] => pci::pull(port),
         ["virtio-status", device] => virtio::status(device),
         ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
         ["time-write", attribute, text] => timing::write(attribute, text),

@@ -13,6 +13,8 @@
 
 use super::monitor::Pluggable;
 use super::{value, Persistent, MIB};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
 
 /// Devices of the root complex from here on are ours; QEMU gives the others numbers from 1 on.
 const FIRST: usize = 0x10;
@@ -50,12 +52,13 @@ pub(super) fn pluggable(n: usize) -> Pluggable {
     }
 }
 
-/// Where a guest finds the devices.
-#[derive(Debug, Clone, Copy)]
+/// Where a guest finds the devices, and what is in them.
+#[derive(Debug, Clone)]
 pub(super) struct Places {
     /// The bus of the first one.
     first: usize,
-    bars: usize,
+    /// Files and sizes of BARs.
+    bars: Vec<(PathBuf, u64)>,
     switched: bool,
 }
 
@@ -66,18 +69,31 @@ impl Places {
         let before = if devices.switched { 3 } else { 1 };
         Self {
             first: virtio + before,
-            bars: devices.bars.len(),
+            bars: devices
+                .bars
+                .iter()
+                .map(|device| (device.memory.path(), device.memory.size()))
+                .collect(),
             switched: devices.switched,
         }
     }
 
+    /// The file of BAR `n`, and its size.
+    pub fn memory(&self, n: usize) -> Result<(&Path, u64)> {
+        let (path, size) = self
+            .bars
+            .get(n)
+            .with_context(|| format!("the machine has no BAR {n}"))?;
+        Ok((path, *size))
+    }
+
     /// The function of BAR `n`.
-    pub fn bar(self, n: usize) -> String {
+    pub fn bar(&self, n: usize) -> String {
         format!("0000:{:02x}:00.0", self.first + n)
     }
 
     /// The port of BAR `n`.
-    pub fn port(self, n: usize) -> String {
+    pub fn port(&self, n: usize) -> String {
         if self.switched {
             format!("0000:{:02x}:{n:02x}.0", self.first - 1)
         } else {
@@ -86,11 +102,11 @@ impl Places {
     }
 
     /// The function of NVMe disk `n`.
-    pub fn disk(self, n: usize) -> String {
+    pub fn disk(&self, n: usize) -> String {
         if self.switched {
-            format!("0000:{:02x}:00.0", self.first + self.bars + n)
+            format!("0000:{:02x}:00.0", self.first + self.bars.len() + n)
         } else {
-            format!("0000:00:{:02x}.0", FIRST + self.bars + n)
+            format!("0000:00:{:02x}.0", FIRST + self.bars.len() + n)
         }
     }
 }
@@ -112,13 +128,6 @@ pub(super) fn arguments(devices: &Devices<'_>) -> Vec<String> {
     for (n, device) in devices.bars.iter().enumerate() {
         let memory = device.memory;
         let size = memory.size();
-        push(
-            "-object",
-            format!(
-                "memory-backend-file,id=barmem{n},share=on,size={size},mem-path={}",
-                value(&memory.path())
-            ),
-        );
         let slot = SLOT + 1 + n;
         push(
             "-device",
@@ -134,6 +143,13 @@ pub(super) fn arguments(devices: &Devices<'_>) -> Vec<String> {
             },
         );
         if device.plugged {
+            push(
+                "-object",
+                format!(
+                    "memory-backend-file,id=barmem{n},share=on,size={size},mem-path={}",
+                    value(&memory.path())
+                ),
+            );
             push("-device", pluggable(n).argument());
         }
     }

@@ -25,6 +25,7 @@ use std::sync::{Mutex, PoisonError};
 const PROGRAMS: &[&str] = &[
     // busybox's own shell would prefer busybox's own programs to these.
     "/usr/bin/bash",
+    "/usr/bin/chrt",
     "/usr/bin/dash",
     "/usr/bin/daxctl",
     "/usr/bin/fio",

@@ -5,6 +5,7 @@
 use anyhow::{ensure, Context, Result};
 use qapi::qmp::{self, Event};
 use qapi::{Dictionary, Qmp, Stream};
+use std::collections::HashMap;
 use std::fmt;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
@@ -56,6 +57,10 @@ pub(super) struct Monitor {
     qmp: Qmp<Stream<BufReader<UnixStream>, UnixStream>>,
     /// Names of devices that have gone, until somebody asks.
     gone: Vec<String>,
+    /// For each device that was plugged in with a file, the name of its memory.
+    files: HashMap<String, String>,
+    /// How many there were.
+    made: u64,
 }
 
 impl Monitor {
@@ -71,6 +76,8 @@ impl Monitor {
         Ok(Self {
             qmp,
             gone: Vec::new(),
+            files: HashMap::new(),
+            made: 0,
         })
     }
 
@@ -87,6 +94,53 @@ impl Monitor {
             .execute(&command)
             .with_context(|| format!("QEMU does not plug in {}", device.id))?;
         Ok(())
+    }
+
+    /// As [`plug`](Self::plug), with the `size` bytes of the file `path` as its memory. They are mapped anew each time:
+    /// QEMU keeps in mind that a mapping was the memory of such a device, and dies if it is that of another one.
+    pub fn plug_file(&mut self, device: &Pluggable, path: &Path, size: u64) -> Result<()> {
+        if let Some(id) = self.files.remove(&device.id) {
+            self.qmp
+                .execute(&qmp::object_del { id })
+                .with_context(|| format!("QEMU keeps the memory of {}", device.id))?;
+        }
+        self.made += 1;
+        let (option, memory) = &device.memory;
+        let id = format!("{memory}.{}", self.made);
+        let file = qmp::MemoryBackendFileProperties {
+            base: qmp::MemoryBackendProperties {
+                dump: None,
+                host_nodes: None,
+                merge: None,
+                policy: None,
+                prealloc: None,
+                prealloc_context: None,
+                prealloc_threads: None,
+                reserve: None,
+                share: Some(true),
+                x_use_canonical_path_for_ramblock_id: None,
+                size,
+            },
+            align: None,
+            discard_data: None,
+            offset: None,
+            pmem: None,
+            readonly: None,
+            rom: None,
+            mem_path: path.display().to_string(),
+        };
+        let command = qmp::object_add(qmp::ObjectOptions::memory_backend_file {
+            id: id.clone(),
+            memory_backend_file: file,
+        });
+        self.qmp
+            .execute(&command)
+            .with_context(|| format!("QEMU does not map {}", path.display()))?;
+        self.files.insert(device.id.clone(), id.clone());
+        self.plug(&Pluggable {
+            memory: (*option, id),
+            ..device.clone()
+        })
     }
 
     /// Asks the guest to let go of a device.

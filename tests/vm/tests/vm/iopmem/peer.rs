@@ -215,13 +215,15 @@ fn a_bar_is_unbound_while_a_peer_uses_it() -> Result<()> {
         let (function, start) = (vm.bar(0), place(vm, &vm.bar(0))?);
         vm.sh_for(&format!("{EXT4} && mkdir -p /mnt/a"), LONG)?;
         for round in 0..ROUNDS {
+            let before = vm.nvme_accesses().len();
             vm.sh_for(
                 &format!(
                     "for i in $(seq 100); do test -b /dev/iopmem0 && break; sleep 0.1; done
                      mount -o dax=always /dev/iopmem0 /mnt/a
                      truncate -s 8M /mnt/a/buffer
                      rm -f /tmp/ended
-                     ( fio --name=x --filename=/dev/{NVME} --direct=1 --rw=randrw --bs=64k --size=32m --time_based \\
+                     ( set +e
+                       fio --name=x --filename=/dev/{NVME} --direct=1 --rw=randrw --bs=64k --size=32m --time_based \\
                            --runtime=100 --ioengine=libaio --iodepth=8 --iomem=mmapshared:/mnt/a/buffer
                        echo $? >/tmp/ended ) >/tmp/fio 2>&1 &
                      sleep {}
@@ -230,6 +232,8 @@ fn a_bar_is_unbound_while_a_peer_uses_it() -> Result<()> {
                 ),
                 LONG,
             )?;
+            let (peer, _) = moved(vm, before, start);
+            ensure!(peer > MIB, "round {round}: {peer} bytes of the BAR so far");
             vm.sh_for(
                 &format!(
                     "echo {function} >{DRIVER}/unbind
@@ -237,7 +241,7 @@ fn a_bar_is_unbound_while_a_peer_uses_it() -> Result<()> {
                 ),
                 LONG,
             )?;
-            // Not a byte from here on.
+            // Not a byte from here on. fio is killed by SIGBUS, one of its processes.
             let before = vm.nvme_accesses().len();
             vm.sh_for(
                 "for i in $(seq 600); do test -s /tmp/ended && break; sleep 0.1; done

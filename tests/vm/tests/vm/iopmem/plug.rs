@@ -5,7 +5,8 @@
 use super::{bind, serve, unbind, wait, DRIVER, LONG, SIZE};
 use crate::lifecycle::check_leaks;
 use anyhow::{ensure, Context, Result};
-use vm_tests::{boot, stock, unload, Persistent, Trace, MIB};
+use std::fs;
+use vm_tests::{boot, stock, unload, End, Persistent, Trace, MIB};
 use xtask::vm::{Builder, Vm};
 
 /// How a device is taken.
@@ -82,7 +83,8 @@ const RAW: &str = "\
       echo 1 >/tmp/end1 ) >/dev/null 2>&1 &
     ( while xfs_io -c 'pwrite 0 1m' -c fsync /dev/iopmem0; do :; done
       echo 1 >/tmp/end2 ) >/dev/null 2>&1 &
-    ( fio --name=x --filename=/dev/iopmem0 --direct=1 --rw=randrw --bsrange=512-64k --blockalign=512 --size=8m \\
+    ( set +e
+      fio --name=x --filename=/dev/iopmem0 --direct=1 --rw=randrw --bsrange=512-64k --blockalign=512 --size=8m \\
           --offset=8m --ioengine=io_uring --iodepth=8 --fsync=8 --time_based --runtime=300
       echo 1 >/tmp/end3 ) >/dev/null 2>&1 &";
 
@@ -91,7 +93,8 @@ const FILES: &str = "\
     rm -f /tmp/end*
     ( i=0; while echo x >/mnt/a/new$((i % 50)) && xfs_io -c fsync /mnt/a/new$((i % 50)); do i=$((i + 1)); done
       echo 1 >/tmp/end1 ) >/dev/null 2>&1 &
-    ( ( echo 'mmap -rw 0 1m'; yes 'mwrite 0 1m' ) | xfs_io /mnt/a/mapped
+    ( set +e
+      ( echo 'mmap -rw 0 1m'; yes 'mwrite 0 1m' ) | xfs_io /mnt/a/mapped
       echo $? >/tmp/end2 ) >/dev/null 2>&1 &
     echo 1 >/tmp/end3";
 
@@ -220,45 +223,66 @@ fn a_device_goes_by_the_button_of_its_port() -> Result<()> {
     let memory = [Persistent::new(64 * MIB)?];
     let machine = Way::Pull.machine(&memory)?;
     boot(machine, |vm| {
-        serve(vm, "")?;
-        unload(vm)?;
-        let before = Trace::of(vm)?;
-        serve(vm, "")?;
-        for _ in 0..2 {
+        let mut before = None;
+        for _ in 0..3 {
+            serve(vm, "")?;
             vm.plug_bar(0)?;
             wait(vm, "iopmem0")?;
             vm.sh(&format!("{RAW}\nsleep 1"))?;
             vm.unplug_bar(0, LONG)?;
             have_ended(vm)?;
             vm.sh("test ! -e /dev/iopmem0")?;
+            unload(vm)?;
+            // The kernel gives the port more addresses when it needs them first.
+            let trace = Trace::of(vm)?;
+            trace.check(before.get_or_insert_with(|| trace.clone()))?;
         }
-        unload(vm)?;
-        Trace::of(vm)?.check(&before)
+        Ok(())
     })
 }
 
-/// A device that does not answer any more, and of which nobody says that it has gone: what is written may be lost, and a
-/// flush must say so.
+/// A device that is gone answers all reads with ones, and nobody says that it has gone: what was written is lost, and a
+/// flush must say so. The same ones from a device that is there are its data.
 #[test]
-fn a_device_that_is_dead_fails_flushes() -> Result<()> {
-    let memory = [Persistent::new(64 * MIB)?];
-    let machine = stock()?.upper(0).cpus(1).bar(&memory[0]).native_hotplug();
-    boot(machine, |vm| {
+fn a_device_that_answers_with_ones_is_asked_whether_it_is_there() -> Result<()> {
+    let memory = Persistent::new(4 * MIB)?;
+    boot(super::machine(&memory)?, |vm| {
         serve(vm, "")?;
-        vm.sh("dd if=/dev/zero of=/dev/iopmem0 bs=4k count=1 oflag=direct conv=fsync 2>/dev/null")?;
-        vm.sh(&format!("pmem-guest slot {} dead", vm.bar_port(0)))?;
-        for command in [
+        let commands = [
             "sync /dev/iopmem0",
-            "dd if=/dev/zero of=/dev/iopmem0 bs=4k count=1 oflag=direct,dsync",
-        ] {
-            let ran = vm.try_sh(command)?;
-            ensure!(
-                ran.stderr.contains("Input/output error"),
-                "{command}: {ran:?}"
-            );
-        }
-        unbind(vm, &vm.bar(0))?;
-        vm.sh("test ! -e /dev/iopmem0")?;
+            "xfs_io -ds -c 'pwrite -q 36k 4k' /dev/iopmem0",
+            "dd if=/dev/iopmem0 of=/dev/null bs=4k skip=1 count=1 iflag=direct",
+        ];
+        let all_do = |good: bool| -> Result<()> {
+            for command in commands {
+                let ran = vm.try_sh(command)?;
+                let is_good = ran.end == End::Exit(0);
+                ensure!(
+                    is_good == good && (good || ran.stderr.contains("Input/output error")),
+                    "{command}: {ran:?}"
+                );
+            }
+            Ok(())
+        };
+        all_do(true)?;
+        fs::write(memory.path(), vec![0xff; 4 << 20])?;
+        all_do(true)?;
+        let ones = vm.sh(
+            "dd if=/dev/iopmem0 bs=4k count=4 iflag=direct 2>/dev/null | tr -d '\\377' | wc -c",
+        )?;
+        ensure!(ones.trim() == "0", "{ones} bytes are something else");
+        // To the kernel a device is not there if its configuration space cannot be read: here, because the port that
+        // it is behind passes on no accesses of that for a while.
+        let config = format!("/sys/bus/pci/devices/{}/config", vm.bar_port(0));
+        vm.sh(&format!(
+            "dd if={config} of=/tmp/buses bs=1 skip=24 count=3 2>/dev/null
+             printf '\\000\\376\\376' | dd of={config} bs=1 seek=24 conv=notrunc 2>/dev/null"
+        ))?;
+        all_do(false)?;
+        vm.sh(&format!(
+            "dd if=/tmp/buses of={config} bs=1 seek=24 conv=notrunc 2>/dev/null"
+        ))?;
+        all_do(true)?;
         unload(vm)
     })
 }
