@@ -76,17 +76,21 @@ impl Way {
     }
 }
 
-/// Programs that write the disk itself, until it is gone. All of what they do must end.
+/// Programs that read and write the disk itself, until it is gone. All of what they do must end. fio takes its time to
+/// begin, and none of them may make a file where the disk has been.
 const RAW: &str = "\
-    rm -f /tmp/end*
-    ( while xfs_io -d -c 'pwrite -b 64k 1m 4m' /dev/iopmem0; do :; done
+    rm -f /tmp/end* /tmp/running
+    ( while xfs_io -d -c 'pwrite -b 64k 1m 4m' -c 'pread -b 16k 1m 4m' /dev/iopmem0; do :; done
       echo 1 >/tmp/end1 ) >/dev/null 2>&1 &
     ( while xfs_io -c 'pwrite 0 1m' -c fsync /dev/iopmem0; do :; done
       echo 1 >/tmp/end2 ) >/dev/null 2>&1 &
     ( set +e
       fio --name=x --filename=/dev/iopmem0 --direct=1 --rw=randrw --bsrange=512-64k --blockalign=512 --size=8m \\
-          --offset=8m --ioengine=io_uring --iodepth=8 --fsync=8 --time_based --runtime=300
-      echo 1 >/tmp/end3 ) >/dev/null 2>&1 &";
+          --offset=8m --ioengine=io_uring --iodepth=8 --fsync=8 --time_based --runtime=300 \\
+          --allow_file_create=0 --exec_prerun='touch /tmp/running'
+      echo 1 >/tmp/end3 ) >/dev/null 2>&1 &
+    for i in $(seq 200); do test -e /tmp/running && break; sleep 0.1; done
+    test -e /tmp/running";
 
 /// Programs that write files, one of them by a mapping: its memory goes while the program stores to it.
 const FILES: &str = "\
@@ -105,7 +109,11 @@ const BUS_ERROR: &str = "135";
 fn have_ended(vm: &Vm) -> Result<()> {
     vm.sh_for(
         "for i in $(seq 1200); do test $(ls /tmp/end[123] 2>/dev/null | wc -l) = 3 && exit 0; sleep 0.05; done
-         ls /tmp/end*; ps; exit 1",
+         ls /tmp/end*
+         for task in /proc/[0-9]*/task/*; do
+             grep -qE 'fio|xfs_io|io-' $task/comm && head -n 40 $task/comm $task/stack $task/wchan
+         done
+         exit 1",
         LONG,
     )
     .map(drop)
