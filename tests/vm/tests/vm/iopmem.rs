@@ -9,6 +9,7 @@ mod modes;
 mod peer;
 mod plug;
 mod refusals;
+mod words;
 
 use anyhow::{ensure, Context, Result};
 use std::fs;
