@@ -233,7 +233,8 @@ impl<'a> Builder<'a> {
         self.bar_device(memory, true)
     }
 
-    /// As [`Builder::bar`], but it is not there until [`Vm::plug_bar`].
+    /// As [`Builder::bar`], but it is not there until [`Vm::plug_bar`]. With [`Builder::native_hotplug`], as a guest that
+    /// is told by ACPI gives ports no more addresses than they had when it booted.
     pub fn bar_later(self, memory: &'a Persistent) -> Self {
         self.bar_device(memory, false)
     }

@@ -12,7 +12,7 @@
 //! ```
 
 use super::monitor::Pluggable;
-use super::{value, Persistent, MIB};
+use super::{value, Persistent};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
@@ -111,10 +111,17 @@ impl Places {
     }
 }
 
+/// The firmware has large BARs below the last address that there is, where CPUs of AMD with 40 bits of addresses have
+/// HyperTransport, so that a guest's kernel gives nothing a place there again. An emulated one can have fewer.
+const ADDRESSES: [&str; 2] = ["-global", "max-x86_64-cpu.phys-bits=39"];
+
 /// QEMU's arguments.
 pub(super) fn arguments(devices: &Devices<'_>) -> Vec<String> {
     let mut args = Vec::new();
     let mut push = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    if !devices.bars.is_empty() {
+        push(ADDRESSES[0], ADDRESSES[1].to_owned());
+    }
     if devices.switched {
         push(
             "-device",
@@ -134,10 +141,8 @@ pub(super) fn arguments(devices: &Devices<'_>) -> Vec<String> {
             if devices.switched {
                 format!("xio3130-downstream,id=barport{n},bus=switch,addr={n:#x},chassis={slot},slot={slot}")
             } else {
-                // What is plugged in later needs addresses that nobody else has.
-                let room = size.max(MIB);
                 format!(
-                    "pcie-root-port,id=barport{n},addr={:#x},chassis={slot},slot={slot},pref64-reserve={room}",
+                    "pcie-root-port,id=barport{n},addr={:#x},chassis={slot},slot={slot}",
                     FIRST + n
                 )
             },
@@ -205,6 +210,7 @@ pub(super) const NATIVE: [&str; 2] = [
 
 #[cfg(test)]
 mod tests {
+    use super::super::MIB;
     use super::*;
 
     #[test]

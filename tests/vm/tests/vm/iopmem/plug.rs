@@ -24,12 +24,12 @@ enum Way {
 }
 
 impl Way {
-    /// A machine with devices of these memories; none is there in the beginning, or all are, without a driver.
+    /// A machine with devices of these memories, or with ports for them.
     fn machine<'a>(self, memories: &'a [Persistent]) -> Result<Builder<'a>> {
         let machine = stock()?.upper(0).module("xfs");
         Ok(match self {
             Way::Unbind => memories.iter().fold(machine, Builder::bar),
-            Way::Unplug => memories.iter().fold(machine.cpus(1), Builder::bar_later),
+            Way::Unplug => memories.iter().fold(machine.cpus(1), Builder::bar),
             Way::Pull => memories
                 .iter()
                 .fold(machine.cpus(1).native_hotplug(), Builder::bar_later),
@@ -162,6 +162,9 @@ fn are_taken(way: Way, rounds: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
         Persistent::new(SIZE)?,
     ];
     boot(way.machine(&memories)?, |vm| {
+        if way == Way::Unplug {
+            (0..memories.len()).try_for_each(|n| vm.unplug_bar(n, LONG))?;
+        }
         way.serve(vm, memories.len())?;
         for (n, mkfs) in [(1, super::EXT4), (2, super::XFS)] {
             way.give(vm, n)?;
