@@ -141,6 +141,7 @@ fn boot(title: &str, setup: &Setup, memory: &Persistent, progress: &Progress) ->
         .range(Use::Reserved, UPPER, SIZE)
         // Debian's general kernel has it as a module.
         .module("ext4")
+        .packed()
         .start()?;
     step.done();
     Ok(vm)

@@ -57,7 +57,8 @@ pub fn run(args: &Args) -> Result<()> {
         .name("shell")
         .ram(args.ram)
         .upper(args.memory)
-        .cpus(args.cpus);
+        .cpus(args.cpus)
+        .packed();
     if args
         .kernel
         .iter()

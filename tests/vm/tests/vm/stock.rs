@@ -15,7 +15,7 @@ fn debian_amd64() -> Result<()> {
     if !wanted(Flavour::Amd64)? {
         return Ok(());
     }
-    boot(machine(Flavour::Amd64)?.module("ext4"), |vm| {
+    boot(machine(Flavour::Amd64)?.module("ext4").packed(), |vm| {
         ensure!(
             vm.kernel().ends_with("deb13-amd64"),
             "this is {}",

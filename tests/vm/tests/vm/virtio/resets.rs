@@ -17,6 +17,7 @@ fn a_machine_that_was_suspended_flushes_again() -> Result<()> {
     let machine = machine
         .upper(0)
         .module("xfs")
+        .packed()
         .virtio_pmem(&memory)
         .watch_flushes();
     boot(machine, |vm| {
