@@ -2,7 +2,7 @@
 
 //! Functions that cannot be served, and parameters that make no sense.
 
-use super::{bind, machine, place, serve, unbind, DRIVER, ID};
+use super::{bind, machine, place, serve, unbind, DRIVER, ID, LONG};
 use anyhow::{ensure, Result};
 use vm_tests::{boot, load, log, stock, unload, End, Persistent, Trace, MIB};
 use xtask::vm::{Vm, PMEM_KO};
@@ -147,6 +147,31 @@ fn a_bar_that_is_not_there_is_refused() -> Result<()> {
         serve(vm, "iopmem_bar=2")?;
         vm.sh("test -b /dev/iopmem0")?;
         unload(vm)
+    })
+}
+
+/// What there was no room for between a bridge's addresses has none. Of the same function's other BARs, none is meant.
+#[test]
+fn a_bar_without_an_address_is_refused() -> Result<()> {
+    let memory = Persistent::new(64 * MIB)?;
+    let machine = stock()?.upper(0).bar_later(&memory);
+    boot(machine, |vm| {
+        let function = vm.bar(0);
+        vm.plug_bar(0)?;
+        vm.sh(&format!(
+            "for i in $(seq 300); do test -e /sys/bus/pci/devices/{function}/driver_override && exit 0; sleep 0.1; done
+             exit 1"
+        ))?;
+        let before = trace(vm)?;
+        for params in ["", "iopmem_bar=2", "iopmem_dax=0"] {
+            load(vm, params)?;
+            is_refused(vm, &function, ENODEV)?;
+            is_said(vm, &[&function, "BAR 2", "has no address", "pci=realloc"])?;
+            unload(vm)?;
+        }
+        Trace::of(vm)?.check(&before)?;
+        // As it did not stand in the way of the kernel either, which can take the device back.
+        vm.unplug_bar(0, LONG)
     })
 }
 
