@@ -29,8 +29,8 @@ fn kconfig_gives_the_defaults() -> Result<()> {
     boot(machine(Flavour::Builtin)?, |vm| {
         assert_eq!(disks(vm)?, [("pmem0".to_owned(), 64)]);
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest mmap-sync /mnt/a/x 1000000 1 && pmem-guest verify /mnt/a/x 1000000 1 && umount /mnt/a",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-sync /mnt/a/x 1000000 1; pmem-guest verify /mnt/a/x 1000000 1; umount /mnt/a",
         )?;
         assert_eq!(
             vm.text("/sys/module/pmem/parameters/pmem_start")?.trim(),

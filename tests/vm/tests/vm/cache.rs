@@ -47,7 +47,7 @@ fn completed_writes_survive_in_each_mode() -> Result<()> {
             );
             vm.sh(&format!(
                 "mkfs.ext4 -q -F -b 4096 /dev/pmem{n}
-                 ! mount -o dax=always /dev/pmem{n} /mnt/a 2>/dev/null
+                 if mount -o dax=always /dev/pmem{n} /mnt/a 2>/dev/null; then exit 1; fi
                  mount /dev/pmem{n} /mnt/a
                  pmem-guest fill /mnt/a/fsync 2000000 1
                  pmem-guest mmap-msync /mnt/a/msync 2000000 2
@@ -70,10 +70,10 @@ fn completed_writes_survive_in_each_mode() -> Result<()> {
                 "pmem-guest fill /tmp/x 4194304 5
                  dd if=/dev/pmem{n} of=/tmp/y bs=64k skip=3k count=64 iflag=direct 2>/dev/null
                  cmp /tmp/x /tmp/y
-                 mkdir -p /mnt/a && mount /dev/pmem{n} /mnt/a
+                 mkdir -p /mnt/a; mount /dev/pmem{n} /mnt/a
                  pmem-guest verify /mnt/a/fsync 2000000 1
                  pmem-guest verify /mnt/a/msync 2000000 2
-                 umount /mnt/a && e2fsck -fn /dev/pmem{n}"
+                 umount /mnt/a; e2fsck -fn /dev/pmem{n}"
             ))?;
         }
         unload(vm)

@@ -12,7 +12,7 @@ const MKFS_XFS: &str = "mkfs.xfs -q -f -m reflink=0 -d su=2m,sw=1,extszinherit=5
 fn mount(vm: &Vm, mkfs: &str) -> Result<()> {
     load(vm, "pmem_start=4G pmem_size=1GiB")?;
     vm.sh(&format!(
-        "{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a"
+        "{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a"
     ))
     .map(drop)
 }
@@ -20,7 +20,7 @@ fn mount(vm: &Vm, mkfs: &str) -> Result<()> {
 /// One fault instead of 512, and one entry of the TLB: what huge mappings are for.
 pub(crate) fn is_mapped_by_a_pmd(vm: &Vm) -> Result<()> {
     let output = vm.sh(
-        "cd /sys/kernel/tracing && echo >trace && echo 1 >events/fs_dax/enable
+        "cd /sys/kernel/tracing; echo >trace; echo 1 >events/fs_dax/enable
          pmem-guest pmd /mnt/a/huge
          echo 0 >events/fs_dax/enable; cat trace",
     )?;
@@ -63,8 +63,8 @@ fn a_pmd_maps_2_mib_of_xfs() -> Result<()> {
 fn map_sync_works_with_dax_and_only_with_dax() -> Result<()> {
     boot(stock()?, |vm| {
         mount(vm, MKFS_EXT4)?;
-        vm.sh("pmem-guest mmap-sync /mnt/a/x 10000000 1 && pmem-guest verify /mnt/a/x 10000000 1")?;
-        vm.sh("umount /mnt/a && mount -o dax=never /dev/pmem0 /mnt/a")?;
+        vm.sh("pmem-guest mmap-sync /mnt/a/x 10000000 1; pmem-guest verify /mnt/a/x 10000000 1")?;
+        vm.sh("umount /mnt/a; mount -o dax=never /dev/pmem0 /mnt/a")?;
         let ran = vm.try_sh("pmem-guest mmap-sync /mnt/a/y 4096 1")?;
         ensure!(
             ran.stderr.contains("os error 95"),
@@ -80,7 +80,7 @@ fn o_direct_from_a_dax_mapping() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, "pmem_start=4G pmem_size=1GiB pmem_count=2")?;
         vm.sh(&format!(
-            "{MKFS_EXT4} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a"
+            "{MKFS_EXT4}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a"
         ))?;
         vm.sh("pmem-guest fill /mnt/a/x 16777216 7
              pmem-guest odirect-from-dax /mnt/a/x /dev/pmem1 16777216

@@ -54,7 +54,7 @@ fn one_two_and_seven_disks_are_equal_aligned_and_apart() -> Result<()> {
                 let last = mib * 256 - 1;
                 for (at, seed) in [(0, 2 * n + 1), (last, 2 * n + 2)] {
                     vm.sh(&format!(
-                        "pmem-guest fill /tmp/x 4096 {seed} && dd if=/tmp/x of=/dev/pmem{n} bs=4096 seek={at} conv=notrunc,fsync 2>/dev/null"
+                        "pmem-guest fill /tmp/x 4096 {seed}; dd if=/tmp/x of=/dev/pmem{n} bs=4096 seek={at} conv=notrunc,fsync 2>/dev/null"
                     ))?;
                 }
             }
@@ -63,7 +63,7 @@ fn one_two_and_seven_disks_are_equal_aligned_and_apart() -> Result<()> {
                 let last = mib * 256 - 1;
                 for (at, seed) in [(0, 2 * n + 1), (last, 2 * n + 2)] {
                     vm.sh(&format!(
-                        "dd if=/dev/pmem{n} of=/tmp/x bs=4096 skip={at} count=1 2>/dev/null && pmem-guest verify /tmp/x 4096 {seed}"
+                        "dd if=/dev/pmem{n} of=/tmp/x bs=4096 skip={at} count=1 2>/dev/null; pmem-guest verify /tmp/x 4096 {seed}"
                     ))?;
                 }
             }
@@ -97,7 +97,7 @@ fn several_ranges_in_one_load() -> Result<()> {
                 "pmem{n}"
             );
             vm.sh(&format!(
-                "mkfs.ext4 -q -F -b 4096 /dev/pmem{n} && e2fsck -fn /dev/pmem{n}"
+                "mkfs.ext4 -q -F -b 4096 /dev/pmem{n}; e2fsck -fn /dev/pmem{n}"
             ))?;
         }
         let iomem = vm.text("/proc/iomem")?;
@@ -192,9 +192,9 @@ fn blocks_of_4096_bytes() -> Result<()> {
             );
         }
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest fill /mnt/a/x 10000000 1 && pmem-guest verify /mnt/a/x 10000000 1
-             umount /mnt/a && e2fsck -fn /dev/pmem0",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest fill /mnt/a/x 10000000 1; pmem-guest verify /mnt/a/x 10000000 1
+             umount /mnt/a; e2fsck -fn /dev/pmem0",
         )?;
         Ok(())
     })
@@ -208,13 +208,13 @@ fn file_systems_on_partitions() -> Result<()> {
         vm.sh("printf 'label: dos\\nstart=2MiB, size=64MiB\\n' | sfdisk -q /dev/pmem1")?;
         for (n, part) in (1..).zip(["pmem0p1", "pmem0p2", "pmem1p1"]) {
             vm.sh(&format!(
-                "mkfs.ext4 -q -F -b 4096 /dev/{part} && mkdir -p /mnt/{part} && mount -o dax=always /dev/{part} /mnt/{part}
+                "mkfs.ext4 -q -F -b 4096 /dev/{part}; mkdir -p /mnt/{part}; mount -o dax=always /dev/{part} /mnt/{part}
                  pmem-guest mmap-sync /mnt/{part}/x 8388608 {n}"
             ))?;
         }
         for (n, part) in (1..).zip(["pmem0p1", "pmem0p2", "pmem1p1"]) {
             vm.sh(&format!(
-                "umount /mnt/{part} && e2fsck -fn /dev/{part} && mount -o dax=always /dev/{part} /mnt/{part}
+                "umount /mnt/{part}; e2fsck -fn /dev/{part}; mount -o dax=always /dev/{part} /mnt/{part}
                  pmem-guest verify /mnt/{part}/x 8388608 {n}; umount /mnt/{part}"
             ))?;
         }
@@ -252,7 +252,7 @@ fn zeroing_zeroes_what_it_is_told_and_no_more() -> Result<()> {
 fn discard_is_refused_and_changes_nothing() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, "pmem_start=4G pmem_size=256MiB")?;
-        vm.sh("pmem-guest fill /tmp/x 4194304 3 && dd if=/tmp/x of=/dev/pmem0 bs=1M conv=fsync 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 4194304 3; dd if=/tmp/x of=/dev/pmem0 bs=1M conv=fsync 2>/dev/null")?;
         for command in ["blkdiscard /dev/pmem0", "blkdiscard -s /dev/pmem0"] {
             let ran = vm.try_sh(command)?;
             assert_ne!(ran.end, vm_tests::End::Exit(0), "{command}");
@@ -264,7 +264,7 @@ fn discard_is_refused_and_changes_nothing() -> Result<()> {
         }
         vm.sh(
             "echo 3 >/proc/sys/vm/drop_caches
-             dd if=/dev/pmem0 of=/tmp/y bs=1M count=4 2>/dev/null && pmem-guest verify /tmp/y 4194304 3",
+             dd if=/dev/pmem0 of=/tmp/y bs=1M count=4 2>/dev/null; pmem-guest verify /tmp/y 4194304 3",
         )?;
         Ok(())
     })

@@ -13,7 +13,7 @@ const ENODEV: i32 = 19;
 /// The disks, in the order of their numbers: name, start, MiB and provider.
 fn disks(vm: &Vm) -> Result<Vec<(String, u64, u64, String)>> {
     let text = vm.sh(
-        "cd /sys/block && for disk in $(ls -d pmem* 2>/dev/null | sort -V); do
+        "cd /sys/block; for disk in $(ls -d pmem* 2>/dev/null | sort -V); do
              test ! -e $disk/pmem || echo $disk $(($(cat $disk/pmem/start))) $(cat $disk/pmem/size $disk/pmem/provider)
          done",
     )?;
@@ -66,8 +66,8 @@ fn a_disk_for_each_range_of_type_12() -> Result<()> {
         let iomem = vm.text("/proc/iomem")?;
         ensure!(iomem.contains("  130000000-13fffffff : pmem"), "{iomem}");
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem2 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem2 /mnt/a
-             pmem-guest mmap-sync /mnt/a/x 10000000 1 && umount /mnt/a",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem2; mkdir -p /mnt/a; mount -o dax=always /dev/pmem2 /mnt/a
+             pmem-guest mmap-sync /mnt/a/x 10000000 1; umount /mnt/a",
         )?;
         unload(vm)?;
         let before = Trace::of(vm)?;
@@ -88,7 +88,7 @@ fn a_disk_for_each_range_of_type_12() -> Result<()> {
             ]
         );
         vm.sh(
-            "mount -o dax=always /dev/pmem7 /mnt/a && pmem-guest verify /mnt/a/x 10000000 1
+            "mount -o dax=always /dev/pmem7 /mnt/a; pmem-guest verify /mnt/a/x 10000000 1
              umount /mnt/a",
         )?;
         unload(vm)?;
@@ -170,12 +170,12 @@ fn beside_nd_e820() -> Result<()> {
         Trace::of(vm)?.check(&before)?;
 
         vm.sh(&format!(
-            "echo e820_pmem >{nd}/unbind && test ! -e /dev/pmem0"
+            "echo e820_pmem >{nd}/unbind; test ! -e /dev/pmem0"
         ))?;
         load(vm, "pmem_e820=1")?;
         let ours = [disk("pmem0", UPPER + 512 * MIB, 256, "e820")];
         assert_eq!(disks(vm)?, ours);
-        vm.sh("pmem-guest fill /tmp/x 1048576 7 && dd if=/tmp/x of=/dev/pmem0 bs=64k oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 7; dd if=/tmp/x of=/dev/pmem0 bs=64k oflag=direct 2>/dev/null")?;
         // It takes the device, but not the memory.
         vm.sh(&format!(
             "echo e820_pmem >{nd}/bind; sleep 1; cmp -n 1048576 /tmp/x /dev/pmem0"

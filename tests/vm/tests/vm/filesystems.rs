@@ -9,20 +9,20 @@ use xtask::vm::Vm;
 fn use_it(vm: &Vm, mkfs: &str, check: &str) -> Result<()> {
     load(vm, "pmem_start=4G pmem_size=1GiB pmem_count=2")?;
     vm.sh(&format!(
-        "{mkfs} /dev/pmem1 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem1 /mnt/a"
+        "{mkfs} /dev/pmem1; mkdir -p /mnt/a; mount -o dax=always /dev/pmem1 /mnt/a"
     ))?;
     let mounts = vm.sh("grep /mnt/a /proc/mounts")?;
     assert!(mounts.contains("dax=always"), "{mounts}");
     // STATX_ATTR_DAX
     let statx =
-        vm.sh("touch /mnt/a/x && xfs_io -c 'statx -r' /mnt/a/x | grep 'stat.attributes ='")?;
+        vm.sh("touch /mnt/a/x; xfs_io -c 'statx -r' /mnt/a/x | grep 'stat.attributes ='")?;
     let bits = u64::from_str_radix(
         statx.trim().rsplit_once("0x").map_or("", |(_, hex)| hex),
         16,
     )?;
     assert_ne!(bits & 0x20_0000, 0, "{statx}");
 
-    vm.sh("mkdir /mnt/a/many && for i in $(seq 300); do echo $i >/mnt/a/many/$i; done")?;
+    vm.sh("mkdir /mnt/a/many; for i in $(seq 300); do echo $i >/mnt/a/many/$i; done")?;
     for (n, len) in (1..).zip([1, 511, 4096, 1 << 20, 33_333_333]) {
         vm.sh(&format!(
             "pmem-guest fill /mnt/a/fill{n} {len} {n}
@@ -79,10 +79,10 @@ fn ext4_through_the_page_cache() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, "pmem_start=4G pmem_size=512MiB")?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=never /dev/pmem0 /mnt/a
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=never /dev/pmem0 /mnt/a
              pmem-guest fill /mnt/a/x 33333333 1
              pmem-guest mmap-msync /mnt/a/y 3333333 2
-             umount /mnt/a && e2fsck -fn /dev/pmem0 && mount -o dax=never /dev/pmem0 /mnt/a
+             umount /mnt/a; e2fsck -fn /dev/pmem0; mount -o dax=never /dev/pmem0 /mnt/a
              pmem-guest verify /mnt/a/x 33333333 1
              pmem-guest verify /mnt/a/y 3333333 2
              umount /mnt/a",

@@ -15,7 +15,7 @@ fn verify(vm: &Vm, options: &str) -> Result<()> {
 fn verify_on(vm: &Vm, target: &str, options: &str) -> Result<()> {
     vm.sh_for(
         &format!(
-            "cd /tmp && fio --name=verify {target} --numjobs=2 --rw=randwrite \\
+            "cd /tmp; fio --name=verify {target} --numjobs=2 --rw=randwrite \\
              --verify=crc32c --verify_fatal=1 --do_verify=1 --group_reporting --output=report {options} || {{ cat report; exit 1; }}"
         ),
         Duration::from_secs(240),
@@ -63,14 +63,14 @@ fn verify_mmap() -> Result<()> {
         load(vm, "pmem_start=4G pmem_size=512MiB")?;
         for dax in ["always", "never"] {
             vm.sh(&format!(
-                "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax={dax} /dev/pmem0 /mnt/a"
+                "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax={dax} /dev/pmem0 /mnt/a"
             ))?;
             for (bs, size) in [("512", "2m"), ("4k", "16m"), ("68k", "17m"), ("1m", "64m")] {
                 let options = format!("--ioengine=mmap --bs={bs} --size={size} --end_fsync=1");
                 verify_on(vm, "--directory=/mnt/a", &options)?;
                 vm.sh("rm /mnt/a/verify*")?;
             }
-            vm.sh("umount /mnt/a && e2fsck -fn /dev/pmem0")?;
+            vm.sh("umount /mnt/a; e2fsck -fn /dev/pmem0")?;
         }
         Ok(())
     })
@@ -101,9 +101,9 @@ fn bios(vm: &Vm, disk: &str, script: &str) -> Result<Vec<String>> {
         .trim()
         .replace(':', ",");
     let trace = vm.sh(&format!(
-        "cd /sys/kernel/tracing && echo >trace && echo 1 >events/block/block_bio_queue/enable
+        "cd /sys/kernel/tracing; echo >trace; echo 1 >events/block/block_bio_queue/enable
          ( {script} )
-         echo 0 >events/block/block_bio_queue/enable && cat trace"
+         echo 0 >events/block/block_bio_queue/enable; cat trace"
     ))?;
     // "... block_bio_queue: 259,0 WFS 8 + 8 [dd]"
     let lines = trace.lines().filter_map(|line| {
@@ -121,8 +121,8 @@ fn fsync_of_a_dax_mapping_sends_a_flush() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, "pmem_start=4G pmem_size=256MiB")?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest mmap-msync /mnt/a/x 4096 1 && sync",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-msync /mnt/a/x 4096 1; sync",
         )?;
         // The file's blocks are there already: there is no metadata to write, and no journal to flush.
         let seen = bios(

@@ -34,7 +34,7 @@ fn load_next(vm: &Vm, how: &str) -> Result<()> {
 fn fill(vm: &Vm) -> Result<()> {
     load(vm, LOAD)?;
     vm.sh_for(
-        "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+        "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
          pmem-guest mmap-sync /mnt/a/x 33333333 1
          pmem-guest fill /mnt/a/y 33333333 2
          pmem-guest fill /tmp/z 33554432 3
@@ -56,10 +56,10 @@ fn verify(vm: &Vm) -> Result<()> {
     }
     load(vm, LOAD)?;
     vm.sh_for(
-        "mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+        "mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
          pmem-guest verify /mnt/a/x 33333333 1
          pmem-guest mmap-verify /mnt/a/y 33333333 2
-         umount /mnt/a && e2fsck -fn /dev/pmem0
+         umount /mnt/a; e2fsck -fn /dev/pmem0
          for n in 0 480; do
              dd if=/dev/pmem1 of=/tmp/z bs=1M count=32 skip=$n iflag=direct 2>/dev/null
              pmem-guest verify /tmp/z 33554432 3

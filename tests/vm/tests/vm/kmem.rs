@@ -159,7 +159,7 @@ fn ram(vm: &Vm) -> Result<u64> {
 /// A group of processes for each node, whose memory is of that node alone.
 fn groups(vm: &Vm) -> Result<()> {
     vm.sh(
-        "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup
+        "mkdir -p /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
          echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control
          for node in 0 1; do
              mkdir /sys/fs/cgroup/node$node
@@ -181,7 +181,7 @@ impl<'a> Hog<'a> {
     fn start(vm: &'a Vm, node: u32, bytes: u64, word: u64) -> Result<Self> {
         let pid = vm
             .sh(&format!(
-                "cd /tmp && rm -f end{node} hog{node} && touch hog{node}
+                "cd /tmp; rm -f end{node} hog{node}; touch hog{node}
                  ( echo 0 >/sys/fs/cgroup/node{node}/cgroup.procs
                    exec pmem-guest hog {bytes} {word} /tmp/end{node} >hog{node} 2>&1 ) &
                  pid=$!

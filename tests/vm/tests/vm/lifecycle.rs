@@ -29,11 +29,11 @@ fn unload_is_refused_while_a_disk_is_open_or_mounted() -> Result<()> {
         // It is a zombie until the command ends, but its files are closed.
         vm.sh("kill -KILL $(cat /tmp/pid); while grep -q '^State:.[^Z]' /proc/$(cat /tmp/pid)/status; do sleep 0.01; done")?;
 
-        vm.sh("mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a")?;
+        vm.sh("mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a")?;
         refused(vm, "pmem0 is mounted")?;
         vm.sh("pmem-guest fill /mnt/a/x 1000000 1")?;
         refused(vm, "pmem0 is mounted")?;
-        vm.sh("pmem-guest verify /mnt/a/x 1000000 1 && umount /mnt/a")?;
+        vm.sh("pmem-guest verify /mnt/a/x 1000000 1; umount /mnt/a")?;
         unload(vm)
     })
 }
@@ -138,12 +138,12 @@ fn data_outlives_the_module() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, "pmem_start=4G pmem_size=512MiB")?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest mmap-msync /mnt/a/x 10000000 9 && umount /mnt/a",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-msync /mnt/a/x 10000000 9; umount /mnt/a",
         )?;
         unload(vm)?;
         load(vm, "pmem_start=4G pmem_size=512MiB")?;
-        vm.sh("mount -o dax=always /dev/pmem0 /mnt/a && pmem-guest verify /mnt/a/x 10000000 9")?;
+        vm.sh("mount -o dax=always /dev/pmem0 /mnt/a; pmem-guest verify /mnt/a/x 10000000 9")?;
         Ok(())
     })
 }

@@ -71,9 +71,9 @@ fn a_large_range_and_a_low_one() -> Result<()> {
         }
         use_both_ends(vm, &[("pmem0", 64 * GIB), ("pmem1", 256 * MIB)])?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest mmap-sync /mnt/a/x 33333333 1 && pmem-guest verify /mnt/a/x 33333333 1
-             umount /mnt/a && e2fsck -fn /dev/pmem0",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-sync /mnt/a/x 33333333 1; pmem-guest verify /mnt/a/x 33333333 1
+             umount /mnt/a; e2fsck -fn /dev/pmem0",
         )?;
         unload(vm)?;
         let lost = before.saturating_sub(free(vm)?);
@@ -168,7 +168,7 @@ fn loads_in_a_race() -> Result<()> {
                  wait $second; second=$?
                  test $first = 0 -o $second = 0 && test $first != $second"
             ))?;
-            let disks = vm.sh("cd /sys/block && echo pmem*; cat /tmp/first /tmp/second")?;
+            let disks = vm.sh("cd /sys/block; echo pmem*; cat /tmp/first /tmp/second")?;
             let (disks, refusal) = disks.split_once('\n').context("no disks")?;
             let claim = match disks {
                 "pmem0 pmem1" => "100000000-10fffffff : pmem",

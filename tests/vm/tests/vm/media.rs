@@ -44,7 +44,7 @@ fn numbers(text: &str) -> Result<Vec<u64>> {
 fn bad_sectors_fail_alone_and_are_listed() -> Result<()> {
     boot(stock()?, |vm| {
         load(vm, LOAD)?;
-        vm.sh("pmem-guest fill /tmp/x 32768 5 && dd if=/tmp/x of=/dev/pmem0 bs=4k oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 32768 5; dd if=/tmp/x of=/dev/pmem0 bs=4k oflag=direct 2>/dev/null")?;
         assert_eq!(bad_sectors(vm)?, NONE);
         inject(vm, "20 3\\n")?;
         inject(vm, "40")?;
@@ -73,7 +73,9 @@ fn bad_sectors_fail_alone_and_are_listed() -> Result<()> {
         vm.sh(&write("", "/dev/pmem0", 5 * 4096, 4096))?;
         assert_eq!(vm.text(BADBLOCKS)?, "");
         assert_eq!(bad_sectors(vm)?, NONE);
-        vm.sh("dd if=/dev/pmem0 of=/tmp/y bs=32k count=1 iflag=direct 2>/dev/null && cmp /tmp/x /tmp/y")?;
+        vm.sh(
+            "dd if=/dev/pmem0 of=/tmp/y bs=32k count=1 iflag=direct 2>/dev/null; cmp /tmp/x /tmp/y",
+        )?;
 
         // Each failed read and each sector that is good again was counted.
         let count = |name| vm.text(&format!("/sys/kernel/debug/pmem/pmem0/{name}"));
@@ -125,8 +127,8 @@ fn what_root_lists_is_bad_until_it_is_overwritten_or_unloaded() -> Result<()> {
 fn file(vm: &Vm, params: &str, mkfs: &str) -> Result<u64> {
     load(vm, params)?;
     vm.sh(&format!(
-        "{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-         pmem-guest fill /mnt/a/x 32768 5 && cp /mnt/a/x /tmp/x && sync"
+        "{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+         pmem-guest fill /mnt/a/x 32768 5; cp /mnt/a/x /tmp/x; sync"
     ))?;
     first_sector(vm)
 }
@@ -170,9 +172,9 @@ fn recover(vm: &Vm) -> Result<()> {
     vm.sh(&write(3 * 4096, 4096))?;
     assert_eq!(bad_pages(vm)?, NONE);
     assert_eq!(vm.text(BADBLOCKS)?, "");
-    vm.sh("pmem-guest verify /mnt/a/x 32768 5 && pmem-guest mmap-verify /mnt/a/x 32768 5")?;
+    vm.sh("pmem-guest verify /mnt/a/x 32768 5; pmem-guest mmap-verify /mnt/a/x 32768 5")?;
     // And a page of it that is mapped as others are.
-    vm.sh("pmem-guest mmap-msync /mnt/a/x 32768 6 && pmem-guest verify /mnt/a/x 32768 6")?;
+    vm.sh("pmem-guest mmap-msync /mnt/a/x 32768 6; pmem-guest verify /mnt/a/x 32768 6")?;
     vm.sh("umount /mnt/a")?;
     Ok(())
 }
@@ -214,7 +216,7 @@ fn memory_fails(vm: &Vm, params: &str, mkfs: &str) -> Result<()> {
         end_of(vm, "pmem-guest poison /mnt/a/x 5")?,
         End::Signal(SIGBUS)
     );
-    vm.sh("rm /mnt/a/x && umount /mnt/a")?;
+    vm.sh("rm /mnt/a/x; umount /mnt/a")?;
     assert_eq!(vm.text(BADBLOCKS)?, format!("{} 8\n", first + 40));
     vm.sh("blkdiscard -f -z /dev/pmem0")?;
     assert_eq!(vm.text(BADBLOCKS)?, "");
@@ -264,9 +266,9 @@ fn memory_of_the_xfs_superblock_fails() -> Result<()> {
         );
         // The disk lives.
         vm.sh(
-            "umount /mnt/a && dd if=/dev/pmem0 of=/dev/null bs=4k skip=1 iflag=direct 2>/dev/null",
+            "umount /mnt/a; dd if=/dev/pmem0 of=/dev/null bs=4k skip=1 iflag=direct 2>/dev/null",
         )?;
-        vm.sh(&format!("wipefs -a /dev/pmem0 || true; blkdiscard -f -z /dev/pmem0; {MKFS_XFS} && mount /dev/pmem0 /mnt/a && umount /mnt/a"))?;
+        vm.sh(&format!("wipefs -a /dev/pmem0 || true; blkdiscard -f -z /dev/pmem0; {MKFS_XFS}; mount /dev/pmem0 /mnt/a; umount /mnt/a"))?;
         assert_eq!(vm.text(BADBLOCKS)?, "");
         unload(vm)
     })

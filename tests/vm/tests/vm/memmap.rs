@@ -51,7 +51,7 @@ fn struct_pages_on_the_range_take_no_ram() -> Result<()> {
         // Once without being measured, for what the kernel keeps after the first time.
         load(vm, LOAD)?;
         vm.sh("mkfs.ext4 -q -F -b 4096 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a && umount /mnt/a
+             mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a; umount /mnt/a
              blkdiscard -z -o 0 -l 69206016 /dev/pmem0")?;
         unload(vm)?;
         let trace = Trace::of(vm)?;
@@ -79,8 +79,8 @@ fn struct_pages_on_the_range_take_no_ram() -> Result<()> {
         // As good as any other disk: huge pages, too.
         vm.sh(
             "mkfs.ext4 -q -F -b 4096 -E stride=512,stripe_width=512 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest mmap-sync /mnt/a/x 10000000 1 && pmem-guest verify /mnt/a/x 10000000 1",
+             mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest mmap-sync /mnt/a/x 10000000 1; pmem-guest verify /mnt/a/x 10000000 1",
         )?;
         is_mapped_by_a_pmd(vm)?;
         vm.sh("umount /mnt/a")?;
@@ -104,14 +104,14 @@ fn struct_pages_on_the_range_take_no_ram() -> Result<()> {
 fn files_survive_and_find_their_way_back() -> Result<()> {
     const LOAD: &str = "pmem_start=4G pmem_size=1G pmem_count=2";
     let dev = format!("{LOAD} pmem_memmap=dev");
-    let mount = |n| format!("mkdir -p /mnt/{n} && mount -o dax=always /dev/pmem{n} /mnt/{n}");
+    let mount = |n| format!("mkdir -p /mnt/{n}; mount -o dax=always /dev/pmem{n} /mnt/{n}");
     let check = |vm: &Vm| -> Result<()> {
         for n in 0..2 {
             assert_eq!(size(vm, &format!("pmem{n}"))?, 502 * MIB);
             vm.sh(&format!(
                 "{}; pmem-guest verify /mnt/{n}/fsync 20000000 1{n}
                  pmem-guest verify /mnt/{n}/msync 20000000 2{n}
-                 umount /mnt/{n} && e2fsck -fn /dev/pmem{n}",
+                 umount /mnt/{n}; e2fsck -fn /dev/pmem{n}",
                 mount(n)
             ))?;
         }
@@ -171,7 +171,7 @@ fn files_survive_and_find_their_way_back() -> Result<()> {
         }
         unload(vm)?;
         load(vm, LOAD)?;
-        vm.sh("dd if=/dev/pmem1 of=/tmp/fs bs=1M skip=10 2>/dev/null && e2fsck -fn /tmp/fs; rm /tmp/fs")?;
+        vm.sh("e2fsck -fn '/dev/pmem1?offset=10485760'")?;
         unload(vm)?;
 
         // And forth: the old struct pages are data now, which only its owner may give up.
@@ -339,7 +339,7 @@ fn a_disk_whose_struct_pages_are_more_than_all_of_ram() -> Result<()> {
         assert_eq!(size(vm, "pmem0")?, 64 * GIB - 1026 * MIB);
         vm.sh_for(
             "mkfs.ext4 -q -F -b 4096 -J size=16 -E lazy_itable_init=1,lazy_journal_init=1 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always,noinit_itable /dev/pmem0 /mnt/a
+             mkdir -p /mnt/a; mount -o dax=always,noinit_itable /dev/pmem0 /mnt/a
              pmem-guest mmap-sync /mnt/a/x 10000000 1
              umount /mnt/a
              pmem-guest fill /tmp/x 1048576 2
@@ -351,8 +351,8 @@ fn a_disk_whose_struct_pages_are_more_than_all_of_ram() -> Result<()> {
     boot(machine()?, |vm| {
         load(vm, LOAD)?;
         vm.sh(
-            "mkdir -p /mnt/a && mount -o dax=always,noinit_itable /dev/pmem0 /mnt/a
-             pmem-guest verify /mnt/a/x 10000000 1 && umount /mnt/a
+            "mkdir -p /mnt/a; mount -o dax=always,noinit_itable /dev/pmem0 /mnt/a
+             pmem-guest verify /mnt/a/x 10000000 1; umount /mnt/a
              dd if=/dev/pmem0 of=/tmp/y bs=1M skip=64509 iflag=direct 2>/dev/null
              pmem-guest verify /tmp/y 1048576 2",
         )?;

@@ -19,7 +19,7 @@ fn survives(module: Option<&str>, mkfs: &str, check: &str) -> Result<()> {
     boot(machine()?, |vm| {
         load(vm, LOAD)?;
         vm.sh(&format!(
-            "{mkfs} /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+            "{mkfs} /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
              pmem-guest fill /mnt/a/fsync 20000000 1
              pmem-guest mmap-msync /mnt/a/msync 20000000 2
              pmem-guest mmap-sync /mnt/a/sync 20000000 3
@@ -31,11 +31,11 @@ fn survives(module: Option<&str>, mkfs: &str, check: &str) -> Result<()> {
     })?;
     boot(machine()?, |vm| {
         load(vm, LOAD)?;
-        vm.sh("mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a")?;
+        vm.sh("mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a")?;
         for (n, name) in [(1, "fsync"), (2, "msync"), (3, "sync")] {
             vm.sh(&format!("pmem-guest verify /mnt/a/{name} 20000000 {n}"))?;
         }
-        vm.sh(&format!("umount /mnt/a && {check} /dev/pmem0"))?;
+        vm.sh(&format!("umount /mnt/a; {check} /dev/pmem0"))?;
         Ok(())
     })
 }
@@ -65,8 +65,8 @@ fn completed_writes_survive() -> Result<()> {
     boot(stock()?.persistent(&memory), |vm| {
         load(vm, LOAD)?;
         vm.sh(
-            "dd if=/dev/pmem0 of=/tmp/x bs=1M count=16 2>/dev/null && pmem-guest verify /tmp/x 16777216 5
-             dd if=/dev/pmem1 of=/tmp/x bs=1M count=16 skip=3 2>/dev/null && pmem-guest verify /tmp/x 16777216 5",
+            "dd if=/dev/pmem0 of=/tmp/x bs=1M count=16 2>/dev/null; pmem-guest verify /tmp/x 16777216 5
+             dd if=/dev/pmem1 of=/tmp/x bs=1M count=16 skip=3 2>/dev/null; pmem-guest verify /tmp/x 16777216 5",
         )?;
         Ok(())
     })

@@ -25,13 +25,13 @@ fn swap() -> Result<()> {
     boot(stock()?.ram(512 * MIB), |vm| {
         load(vm, "pmem_start=4G pmem_size=1G pmem_count=2")?;
         vm.sh(
-            "for n in 0 1; do mkswap -L swap$n /dev/pmem$n && swapon -p 1 /dev/pmem$n; done
+            "for n in 0 1; do mkswap -L swap$n /dev/pmem$n; swapon -p 1 /dev/pmem$n; done
              grep -c '^/dev/pmem[01] ' /proc/swaps | grep -qx 2",
         )?;
         unload_is_refused(vm)?;
         // Of 512 MiB the kernel and the programs take more than a half.
         vm.sh_for(
-            "mkdir -p /mnt/ram && mount -t tmpfs -o size=400M none /mnt/ram
+            "mkdir -p /mnt/ram; mount -t tmpfs -o size=400M none /mnt/ram
              pmem-guest fill /mnt/ram/0 20000000 7
              for n in 1 2 3; do pmem-guest fill /mnt/ram/$n 100000000 $n; done",
             LONG,
@@ -58,11 +58,11 @@ fn swap() -> Result<()> {
         }
         // All that is on the first one goes to the second.
         vm.sh_for(
-            "swapoff /dev/pmem0 && pmem-guest verify /mnt/ram/2 100000000 2",
+            "swapoff /dev/pmem0; pmem-guest verify /mnt/ram/2 100000000 2",
             LONG,
         )?;
         vm.sh_for(
-            "rm /mnt/ram/[123] && swapoff -a && pmem-guest verify /mnt/ram/0 20000000 7",
+            "rm /mnt/ram/[123]; swapoff -a; pmem-guest verify /mnt/ram/0 20000000 7",
             LONG,
         )?;
         unload(vm)
@@ -80,7 +80,7 @@ fn linear(vm: &Vm) -> Result<()> {
             "{DM}
              printf '0 524288 linear /dev/pmem1 0\\n524288 524288 linear /dev/pmem0 0\\n' | dmsetup create both
              test $(blockdev --getsize64 /dev/mapper/both) = 536870912
-             mkfs.ext4 -q -F -b 4096 /dev/mapper/both && mount -o dax=always /dev/mapper/both /mnt/a
+             mkfs.ext4 -q -F -b 4096 /dev/mapper/both; mount -o dax=always /dev/mapper/both /mnt/a
              grep -q '/mnt/a .*dax=always' /proc/mounts
              for n in 1 2 3 4; do pmem-guest mmap-sync /mnt/a/$n 90000000 $n; done"
         ),
@@ -90,7 +90,7 @@ fn linear(vm: &Vm) -> Result<()> {
     vm.sh_for(
         &format!(
             "{DM}
-             umount /mnt/a && e2fsck -fn /dev/mapper/both && dmsetup remove both"
+             umount /mnt/a; e2fsck -fn /dev/mapper/both; dmsetup remove both"
         ),
         LONG,
     )?;
@@ -135,9 +135,9 @@ fn writecache(vm: &Vm) -> Result<()> {
             "{DM}
              dd if=/dev/zero of=/dev/pmem0 bs=4096 count=1 2>/dev/null
              {CREATE}
-             mkfs.ext4 -q -F -b 4096 /dev/mapper/cached && mount /dev/mapper/cached /mnt/a
+             mkfs.ext4 -q -F -b 4096 /dev/mapper/cached; mount /dev/mapper/cached /mnt/a
              pmem-guest fill /mnt/a/x 10000000 1
-             dmsetup suspend cached && dmsetup resume cached
+             dmsetup suspend cached; dmsetup resume cached
              pmem-guest fill /mnt/a/y 10000000 2
              umount /mnt/a"
         ),
@@ -194,7 +194,7 @@ fn raid1() -> Result<()> {
              mdadm --quiet --create /dev/md0 --level=1 --raid-devices=2 --metadata=1.2 --bitmap=internal --run /dev/pmem0 /dev/pmem1
              mdadm --wait /dev/md0 || true
              grep -q 'UU' /proc/mdstat
-             mkfs.ext4 -q -F -b 4096 /dev/md0 && mount /dev/md0 /mnt/a
+             mkfs.ext4 -q -F -b 4096 /dev/md0; mount /dev/md0 /mnt/a
              pmem-guest fill /mnt/a/x 20000000 1
              mdadm --quiet /dev/md0 --fail /dev/pmem1 --remove /dev/pmem1
              grep -q 'U_' /proc/mdstat
@@ -221,7 +221,7 @@ fn raid1() -> Result<()> {
                 &format!(
                     "export MDADM_NO_UDEV=1
                      mdadm --quiet --assemble --run --readonly /dev/md0 /dev/{half}
-                     e2fsck -fn /dev/md0 && mount -o ro /dev/md0 /mnt/a
+                     e2fsck -fn /dev/md0; mount -o ro /dev/md0 /mnt/a
                      for file in x:1 y:2 z:3; do pmem-guest verify /mnt/a/${{file%:*}} 20000000 ${{file#*:}}; done
                      umount /mnt/a; mdadm --quiet --stop /dev/md0"
                 ),
@@ -247,11 +247,11 @@ fn nvme_over_tcp() -> Result<()> {
         vm.sh(
             "ifconfig lo 127.0.0.1 up; mkdir -p /mnt/a
              mount -t configfs none /sys/kernel/config; cd /sys/kernel/config/nvmet
-             mkdir subsystems/nqn.pmem && echo 1 >subsystems/nqn.pmem/attr_allow_any_host
+             mkdir subsystems/nqn.pmem; echo 1 >subsystems/nqn.pmem/attr_allow_any_host
              mkdir subsystems/nqn.pmem/namespaces/1
              echo /dev/pmem0 >subsystems/nqn.pmem/namespaces/1/device_path
              echo 1 >subsystems/nqn.pmem/namespaces/1/enable
-             mkdir ports/1 && cd ports/1
+             mkdir ports/1; cd ports/1
              echo ipv4 >addr_adrfam; echo tcp >addr_trtype; echo 127.0.0.1 >addr_traddr; echo 4420 >addr_trsvcid
              ln -s /sys/kernel/config/nvmet/subsystems/nqn.pmem subsystems/nqn.pmem",
         )?;
@@ -260,7 +260,7 @@ fn nvme_over_tcp() -> Result<()> {
             "printf 'transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn=nqn.pmem' >/dev/nvme-fabrics
              for i in $(seq 100); do test -b /dev/nvme0n1 && break; sleep 0.1; done
              test $(blockdev --getsize64 /dev/nvme0n1) = 536870912
-             mkfs.ext4 -q -F -b 4096 /dev/nvme0n1 && mount /dev/nvme0n1 /mnt/a
+             mkfs.ext4 -q -F -b 4096 /dev/nvme0n1; mount /dev/nvme0n1 /mnt/a
              pmem-guest fill /mnt/a/x 8388608 1",
             LONG,
         )?;
@@ -291,7 +291,7 @@ fn nvme_over_tcp() -> Result<()> {
              umount /mnt/a
              echo 1 >/sys/class/nvme/nvme0/delete_controller
              for i in $(seq 100); do test -b /dev/nvme0n1 || break; sleep 0.1; done
-             ! test -b /dev/nvme0n1
+             test ! -b /dev/nvme0n1
              cd /sys/kernel/config/nvmet
              rm ports/1/subsystems/nqn.pmem
              echo 0 >subsystems/nqn.pmem/namespaces/1/enable

@@ -23,10 +23,10 @@ fn debian_amd64() -> Result<()> {
         );
         load(vm, "pmem_start=4G pmem_size=1GiB pmem_count=2")?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem1 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem1 /mnt/a
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem1; mkdir -p /mnt/a; mount -o dax=always /dev/pmem1 /mnt/a
              pmem-guest mmap-sync /mnt/a/x 10000000 1
-             umount /mnt/a && e2fsck -fn /dev/pmem1 && mount -o dax=always /dev/pmem1 /mnt/a
-             pmem-guest verify /mnt/a/x 10000000 1 && umount /mnt/a",
+             umount /mnt/a; e2fsck -fn /dev/pmem1; mount -o dax=always /dev/pmem1 /mnt/a
+             pmem-guest verify /mnt/a/x 10000000 1; umount /mnt/a",
         )?;
         vm_tests::unload(vm)
     })
@@ -67,13 +67,13 @@ fn beside_nd_pmem() -> Result<()> {
         load(vm, "pmem_start=4G pmem_size=1GiB pmem_first=1")?;
         for (n, disk) in (1..).zip(["pmem0", "pmem1"]) {
             vm.sh(&format!(
-                "mkfs.ext4 -q -F -b 4096 /dev/{disk} && mkdir -p /mnt/{disk} && mount -o dax=always /dev/{disk} /mnt/{disk}
+                "mkfs.ext4 -q -F -b 4096 /dev/{disk}; mkdir -p /mnt/{disk}; mount -o dax=always /dev/{disk} /mnt/{disk}
                  pmem-guest mmap-sync /mnt/{disk}/x 10000000 {n}"
             ))?;
         }
         for (n, disk) in (1..).zip(["pmem0", "pmem1"]) {
             vm.sh(&format!(
-                "pmem-guest verify /mnt/{disk}/x 10000000 {n} && umount /mnt/{disk}"
+                "pmem-guest verify /mnt/{disk}/x 10000000 {n}; umount /mnt/{disk}"
             ))?;
         }
         vm_tests::unload(vm)

@@ -22,14 +22,14 @@ fn begin(vm: &Vm) -> Result<()> {
         "pmem_start=4608M pmem_size=512M pmem_count=2 kmem_start=4G kmem_size=512M kmem_format=blk",
     )?;
     vm.sh_for(
-        "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+        "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
          pmem-guest mmap-sync /mnt/a/x 33333333 1
          pmem-guest fill /mnt/a/y 33333333 2
          pmem-guest fill /tmp/z 33554432 3
          for disk in pmem1 kmem1; do dd if=/tmp/z of=/dev/$disk bs=1M oflag=direct 2>/dev/null; done",
         LONG,
     )?;
-    vm.sh("cd /tmp && truncate -s 192k /mnt/a/mapped && touch hog mapper
+    vm.sh("cd /tmp; truncate -s 192k /mnt/a/mapped; touch hog mapper
          ( ( echo 'mmap -rw 0 192k'; echo 'mwrite -S 0x61 0 128k'
              until [ -e awake ]; do sleep 0.1; done
              echo 'mwrite -S 0x62 64k 64k'; echo 'msync -s 0 192k' ) | xfs_io /mnt/a/mapped
@@ -71,7 +71,7 @@ pub(super) fn suspend(vm: &Vm) -> Result<()> {
 
 /// Goes on with what [`begin`] has begun, and looks at all data.
 fn end(vm: &Vm) -> Result<()> {
-    let codes = vm.sh("cd /tmp && touch awake
+    let codes = vm.sh("cd /tmp; touch awake
          for i in $(seq 100); do [ -s mapped ] && [ -s hogged ] && break; sleep 0.2; done
          cat mapped hogged")?;
     ensure!(
@@ -89,7 +89,7 @@ fn end(vm: &Vm) -> Result<()> {
         "pmem-guest verify /mnt/a/x 33333333 1
          pmem-guest mmap-verify /mnt/a/y 33333333 2
          pmem-guest mmap-sync /mnt/a/new 33333333 4
-         umount /mnt/a && e2fsck -fn /dev/pmem0
+         umount /mnt/a; e2fsck -fn /dev/pmem0
          for disk in pmem1 kmem1; do
              dd if=/dev/$disk of=/tmp/z bs=1M count=32 iflag=direct 2>/dev/null
              pmem-guest verify /tmp/z 33554432 3

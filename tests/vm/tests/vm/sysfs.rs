@@ -11,7 +11,7 @@ const LOAD: &str = "pmem_start=4G,4352M pmem_size=256M,256M pmem_cache=wb,wt";
 
 /// The files of a directory, and what they say.
 fn files(vm: &Vm, dir: &str) -> Result<BTreeMap<String, String>> {
-    let text = vm.sh(&format!("cd {dir} && grep '' *"))?;
+    let text = vm.sh(&format!("cd {dir}; grep '' *"))?;
     text.lines()
         .map(|line| {
             let (name, value) = line.split_once(':').context("not a file and its line")?;
@@ -54,7 +54,7 @@ fn attributes_say_what_a_disk_is() -> Result<()> {
         load(vm, LOAD)?;
         check("pmem0", "0x100000000", 256, "wb", "ram")?;
         check("pmem1", "0x110000000", 256, "wt", "none")?;
-        let modes = vm.sh("cd /sys/block/pmem0/pmem && stat -c %a * | sort -u")?;
+        let modes = vm.sh("cd /sys/block/pmem0/pmem; stat -c %a * | sort -u")?;
         assert_eq!(modes, "444\n");
         unload(vm)?;
         Trace::of(vm)?.check(&before)?;

@@ -77,14 +77,14 @@ fn lsblk_and_blkid() -> Result<()> {
             let path = vm.sh(&format!("blkid -c /dev/null -L {label}"))?;
             assert_eq!(path.trim(), format!("/dev/{disk}"));
             vm.sh(&format!(
-                "mkdir -p /mnt/{label} && mount -o dax=always LABEL={label} /mnt/{label}
-                 test $(findmnt -n -o SOURCE /mnt/{label}) = /dev/{disk} && umount /mnt/{label}"
+                "mkdir -p /mnt/{label}; mount -o dax=always LABEL={label} /mnt/{label}
+                 test $(findmnt -n -o SOURCE /mnt/{label}) = /dev/{disk}; umount /mnt/{label}"
             ))?;
         }
         let path = vm.sh(&format!("blkid -c /dev/null -U {UUID}"))?;
         assert_eq!(path.trim(), "/dev/pmem0");
         vm.sh(&format!(
-            "mount UUID={UUID} /mnt/data && umount /mnt/data
+            "mount UUID={UUID} /mnt/data; umount /mnt/data
              test $(blockdev --getsize64 /dev/pmem0) = {}
              test $(blockdev --getss /dev/pmem0) = 4096",
             500 * MIB

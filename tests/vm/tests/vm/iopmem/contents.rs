@@ -58,7 +58,7 @@ fn the_disk_says_what_it_is() -> Result<()> {
 fn fio(vm: &Vm, options: &str) -> Result<()> {
     vm.sh_for(
         &format!(
-            "cd /tmp && fio --name=verify --filename=/dev/iopmem0 --offset_increment=50% --numjobs=2 --rw=randwrite \\
+            "cd /tmp; fio --name=verify --filename=/dev/iopmem0 --offset_increment=50% --numjobs=2 --rw=randwrite \\
                  --verify=crc32c --verify_fatal=1 --do_verify=1 --group_reporting --output=report {options} \\
                  || {{ cat report; exit 1; }}"
         ),
@@ -164,7 +164,7 @@ fn zeroes_are_zeroes() -> Result<()> {
         serve(vm, "")?;
         vm.sh(&format!(
             "pmem-guest fill /dev/iopmem0 {LEN} 1
-             blkdiscard -z -o 1536 -l 1048576 /dev/iopmem0 && sync /dev/iopmem0"
+             blkdiscard -z -o 1536 -l 1048576 /dev/iopmem0; sync /dev/iopmem0"
         ))?;
         let mut wanted = pattern(1, LEN);
         wanted[1536..1536 + (1 << 20)].fill(0);
@@ -204,7 +204,7 @@ fn use_it(vm: &Vm, mkfs: &str, check: &str) -> Result<()> {
         "xfs_io -f -c 'pwrite -S 0xff 0 20000' -c 'fpunch 4096 4096' -c 'fzero 9000 100' -c fsync /mnt/a/holes >/dev/null",
     )?;
     vm.sh_for(
-        &format!("umount /mnt/a && {check} && mount -o dax=always /dev/iopmem0 /mnt/a"),
+        &format!("umount /mnt/a; {check}; mount -o dax=always /dev/iopmem0 /mnt/a"),
         LONG,
     )?;
     for (n, len) in (1..).zip(files) {
@@ -224,7 +224,7 @@ fn use_it(vm: &Vm, mkfs: &str, check: &str) -> Result<()> {
 fn load_and_mount(vm: &Vm, params: &str, mkfs: &str) -> Result<()> {
     serve(vm, params)?;
     vm.sh_for(
-        &format!("{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/iopmem0 /mnt/a"),
+        &format!("{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/iopmem0 /mnt/a"),
         LONG,
     )
     .map(drop)
@@ -292,7 +292,7 @@ fn survives(mkfs: &str, check: &str) -> Result<()> {
                  mount -o dax=always /dev/iopmem0 /mnt/a
                  pmem-guest verify /mnt/a/fsync {LEN} 1
                  pmem-guest verify /mnt/a/msync {LEN} 2
-                 umount /mnt/a && {check}"
+                 umount /mnt/a; {check}"
             ),
             LONG,
         )
@@ -316,14 +316,14 @@ fn data_outlives_reloads() -> Result<()> {
     let memory = Persistent::new(64 * MIB)?;
     boot(machine(&memory)?, |vm| {
         load_and_mount(vm, "", EXT4)?;
-        vm.sh("pmem-guest fill /mnt/a/x 1000000 1 && umount /mnt/a")?;
+        vm.sh("pmem-guest fill /mnt/a/x 1000000 1; umount /mnt/a")?;
         unload(vm)?;
         let before = Trace::of(vm)?;
         for params in ["", "iopmem_cache=uc", "iopmem_dax=0", "iopmem_cache=wb", ""] {
             serve(vm, params)?;
             vm.sh("mount /dev/iopmem0 /mnt/a
                    pmem-guest verify /mnt/a/x 1000000 1
-                   pmem-guest fill /mnt/a/x 1000000 1 && umount /mnt/a")
+                   pmem-guest fill /mnt/a/x 1000000 1; umount /mnt/a")
                 .with_context(|| params.to_owned())?;
             unload(vm)?;
         }

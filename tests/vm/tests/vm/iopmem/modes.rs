@@ -72,9 +72,9 @@ fn each_way_to_map_works_with_dax_and_without() -> Result<()> {
                     "{mode}, iopmem_dax={dax}: not {name:?}: {types:?}"
                 );
                 use_it(vm, &memory, LEN, n as u64 * 10)?;
-                vm.sh("mkfs.ext4 -q -F -b 4096 -O ^has_journal /dev/iopmem0 && mkdir -p /mnt/a")?;
+                vm.sh("mkfs.ext4 -q -F -b 4096 -O ^has_journal /dev/iopmem0; mkdir -p /mnt/a")?;
                 let mounted =
-                    vm.try_sh("mount -o dax=always /dev/iopmem0 /mnt/a && umount /mnt/a")?;
+                    vm.try_sh("mount -o dax=always /dev/iopmem0 /mnt/a; umount /mnt/a")?;
                 ensure!(
                     (mounted.end == vm_tests::End::Exit(0)) == (dax == "1"),
                     "{mode}, iopmem_dax={dax}: {mounted:?}"

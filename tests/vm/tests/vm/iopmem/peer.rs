@@ -60,14 +60,14 @@ fn moves_by_itself(switched: bool) -> Result<()> {
         wait(vm, NVME)?;
         // Both are where we think that they are.
         vm.sh(&format!(
-            "test -e /sys/bus/pci/devices/{}/nvme && test -e /sys/bus/pci/devices/{}/resource2_wc",
+            "test -e /sys/bus/pci/devices/{}/nvme; test -e /sys/bus/pci/devices/{}/resource2_wc",
             vm.nvme(0),
             vm.bar(0)
         ))?;
         serve(vm, "")?;
         let start = place(vm, &vm.bar(0))?;
         vm.sh_for(
-            &format!("{EXT4} && mkdir -p /mnt/a && mount -o dax=always /dev/iopmem0 /mnt/a"),
+            &format!("{EXT4}; mkdir -p /mnt/a; mount -o dax=always /dev/iopmem0 /mnt/a"),
             LONG,
         )?;
         // From the disk to the BAR.
@@ -82,9 +82,7 @@ fn moves_by_itself(switched: bool) -> Result<()> {
             "{peer} bytes to the BAR, {other} to other memory"
         );
         vm.sh_for(
-            &format!(
-                "pmem-guest mmap-verify /mnt/a/x {LEN} 5 && pmem-guest verify /mnt/a/x {LEN} 5"
-            ),
+            &format!("pmem-guest mmap-verify /mnt/a/x {LEN} 5; pmem-guest verify /mnt/a/x {LEN} 5"),
             LONG,
         )?;
         let data = fs::read(memory.path())?;
@@ -124,7 +122,7 @@ fn moves_by_itself(switched: bool) -> Result<()> {
         )?;
         let (peer, _) = moved(vm, before, start);
         ensure!(peer >= LEN, "{peer} bytes from and to the BAR");
-        vm.sh("umount /mnt/a && e2fsck -fn /dev/iopmem0")?;
+        vm.sh("umount /mnt/a; e2fsck -fn /dev/iopmem0")?;
         unload(vm)
     })
 }
@@ -165,7 +163,7 @@ fn the_end_of_a_bar_is_p2pdma_memory() -> Result<()> {
                 ],
             )?;
             vm.sh_for(
-                &format!("pmem-guest direct-write /dev/iopmem0 {LEN} 8 && sync /dev/iopmem0"),
+                &format!("pmem-guest direct-write /dev/iopmem0 {LEN} 8; sync /dev/iopmem0"),
                 LONG,
             )?;
             let before = vm.nvme_accesses().len();
@@ -214,7 +212,7 @@ fn a_bar_is_unbound_while_a_peer_uses_it() -> Result<()> {
         wait(vm, NVME)?;
         serve(vm, "")?;
         let (function, start) = (vm.bar(0), place(vm, &vm.bar(0))?);
-        vm.sh_for(&format!("{EXT4} && mkdir -p /mnt/a"), LONG)?;
+        vm.sh_for(&format!("{EXT4}; mkdir -p /mnt/a"), LONG)?;
         for round in 0..ROUNDS {
             let before = vm.nvme_accesses().len();
             vm.sh_for(

@@ -137,9 +137,9 @@ fn round(vm: &Vm, way: Way, n: usize) -> Result<()> {
     // They must be at work when it goes.
     vm.sh(&format!("{programs}\nsleep 0.7"))?;
     if n == 0 {
-        vm.sh("test ! -e /tmp/end1 && test ! -e /tmp/end2 && test ! -e /tmp/end3")?;
+        vm.sh("test ! -e /tmp/end1; test ! -e /tmp/end2; test ! -e /tmp/end3")?;
     } else {
-        vm.sh("test ! -e /tmp/end1 && test ! -e /tmp/end2")?;
+        vm.sh("test ! -e /tmp/end1; test ! -e /tmp/end2")?;
     }
     way.take(vm, n)?;
     have_ended(vm)?;
@@ -188,7 +188,7 @@ fn are_taken(way: Way, rounds: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
         ] {
             way.give(vm, n)?;
             vm.sh_for(
-                &format!("mount -o dax=always /dev/iopmem0 /mnt/a && umount /mnt/a && {check}"),
+                &format!("mount -o dax=always /dev/iopmem0 /mnt/a; umount /mnt/a; {check}"),
                 LONG,
             )?;
             way.take(vm, n)?;
@@ -348,7 +348,7 @@ fn numbers_are_given_anew() -> Result<()> {
         // Each has its own memory.
         for (n, disk) in ["iopmem1", "iopmem0", "iopmem2"].into_iter().enumerate() {
             vm.sh(&format!(
-                "pmem-guest direct-write /dev/{disk} {} {n} && sync /dev/{disk}",
+                "pmem-guest direct-write /dev/{disk} {} {n}; sync /dev/{disk}",
                 4 * MIB
             ))?;
         }

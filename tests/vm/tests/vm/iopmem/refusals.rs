@@ -95,7 +95,7 @@ fn functions_can_be_left_to_others() -> Result<()> {
             "it loads with nothing to do"
         );
         load(vm, "iopmem=0 pmem_start=4G pmem_size=64M")?;
-        vm.sh(&format!("test -b /dev/pmem0 && test ! -e {DRIVER}"))?;
+        vm.sh(&format!("test -b /dev/pmem0; test ! -e {DRIVER}"))?;
         unload(vm)?;
         // Without new_id, it takes none that are not known to be such.
         load(vm, "pmem_virtio=0")?;
@@ -233,7 +233,7 @@ fn a_function_or_a_bar_of_others_is_refused() -> Result<()> {
              test -b /dev/pmem0
              test -b /dev/iopmem0
              test ! -e /dev/iopmem1
-             test -e {DRIVER}/{second} && test ! -e {DRIVER}/{first}"
+             test -e {DRIVER}/{second}; test ! -e {DRIVER}/{first}"
         ))?;
         unload(vm)?;
         Trace::of(vm)?.check(&before)
@@ -272,7 +272,7 @@ fn a_function_moves_between_drivers() -> Result<()> {
             vm.sh("test -b /dev/iopmem0")?;
             unbind(vm, &function)?;
             vm.sh(&format!(
-                "echo {function} >{OTHER}/bind && test ! -e /dev/iopmem0"
+                "echo {function} >{OTHER}/bind; test ! -e /dev/iopmem0"
             ))?;
         }
         unload(vm)

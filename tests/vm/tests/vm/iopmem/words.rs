@@ -89,10 +89,10 @@ fn the_disk_accesses_aligned_words_alone() -> Result<()> {
                 &format!(
                     "pmem-guest direct-write /dev/iopmem0 {LEN} 1
                      pmem-guest direct-verify /dev/iopmem0 {LEN} 1
-                     mkfs.ext4 -q -F -b 4096 /dev/iopmem0 && mkdir -p /mnt/a
+                     mkfs.ext4 -q -F -b 4096 /dev/iopmem0; mkdir -p /mnt/a
                      mount /dev/iopmem0 /mnt/a
                      pmem-guest fill /mnt/a/x 1000003 2
-                     umount /mnt/a && mount /dev/iopmem0 /mnt/a
+                     umount /mnt/a; mount /dev/iopmem0 /mnt/a
                      pmem-guest verify /mnt/a/x 1000003 2
                      umount /mnt/a"
                 ),
@@ -118,13 +118,13 @@ fn files_with_dax_are_accessed_as_the_kernel_does() -> Result<()> {
     boot(machine, |vm| {
         serve(vm, "")?;
         vm.sh_for(
-            "mkfs.ext4 -q -F -b 4096 /dev/iopmem0 && mkdir -p /mnt/a
-             mount -o dax=always /dev/iopmem0 /mnt/a && echo abc >/mnt/a/x && sync",
+            "mkfs.ext4 -q -F -b 4096 /dev/iopmem0; mkdir -p /mnt/a
+             mount -o dax=always /dev/iopmem0 /mnt/a; echo abc >/mnt/a/x; sync",
             LONG,
         )?;
         let start = place(vm, &vm.bar(0))?;
         vm.watch(start..start + LEN)?;
-        vm.sh("printf defgh >>/mnt/a/x && xfs_io -c fsync /mnt/a/x && cat /mnt/a/x")?;
+        vm.sh("printf defgh >>/mnt/a/x; xfs_io -c fsync /mnt/a/x; cat /mnt/a/x")?;
         let others = vm.accesses()?.except(is_word);
         ensure!(!others.is_empty(), "9 bytes are not words");
         let whose = vm.explain(&others)?;

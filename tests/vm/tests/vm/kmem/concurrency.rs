@@ -44,7 +44,7 @@ fn blocks_that_many_use_at_once_are_whole() -> Result<()> {
         vm.sh_for(
             &format!(
                 "{churn}
-                 cd /tmp && fio --filename=/dev/kmem1 --direct=1 --size=16m --time_based --runtime=6 --bsrange=4k-128k \\
+                 cd /tmp; fio --filename=/dev/kmem1 --direct=1 --size=16m --time_based --runtime=6 --bsrange=4k-128k \\
                      --ioengine=io_uring --iodepth=8 --group_reporting --output=report \\
                      --name=readwrite --numjobs=2 --rw=randrw --name=trim --rw=randtrim --name=trimwrite --rw=randtrimwrite \\
                      --name=sync --ioengine=psync --rw=randwrite --name=buffered --direct=0 --offset=20m --rw=randrw --fsync=100 \\

@@ -29,7 +29,7 @@ fn memory_of_processes_is_never_on_the_disk() -> Result<()> {
 
         // Every seventh block, which gets a page that had the secret.
         vm.sh(
-            "cd /tmp && fio --name=write --filename=/dev/kmem1 --direct=1 --rw=write:24k --bs=4k --io_size=32m \\
+            "cd /tmp; fio --name=write --filename=/dev/kmem1 --direct=1 --rw=write:24k --bs=4k --io_size=32m \\
              --buffer_pattern=0x5a --output=report || { cat report; exit 1; }",
         )?;
         let some = Census {
@@ -62,8 +62,8 @@ fn file_systems_outlive_an_unplug() -> Result<()> {
         boot(machine, |vm| {
             load_movable(vm, BLK)?;
             vm.sh(&format!(
-                "{mkfs} /dev/kmem1 && mkdir -p /mnt/a && mount /dev/kmem1 /mnt/a
-                 mkdir /mnt/a/many && for i in $(seq 300); do echo $i >/mnt/a/many/$i; done"
+                "{mkfs} /dev/kmem1; mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a
+                 mkdir /mnt/a/many; for i in $(seq 300); do echo $i >/mnt/a/many/$i; done"
             ))?;
             for (n, len) in (1..).zip([1, 4095, 4096, 1 << 20, 33_333_333]) {
                 vm.sh(&format!(
@@ -87,7 +87,7 @@ fn file_systems_outlive_an_unplug() -> Result<()> {
             assert_eq!(vm.sh("ls /sys/block")?.trim(), "");
             set_state(vm, "online")?;
             assert_eq!(attribute(vm, "uuid")?, uuid);
-            vm.sh(&format!("{check} /dev/kmem1 && mount /dev/kmem1 /mnt/a"))?;
+            vm.sh(&format!("{check} /dev/kmem1; mount /dev/kmem1 /mnt/a"))?;
             verify()?;
             vm.sh("umount /mnt/a")?;
             take_down(vm)?;
@@ -110,7 +110,7 @@ fn files_outlive_a_power_loss() -> Result<()> {
     boot(stock()?.persistent(&memory), |vm| {
         load_movable(vm, BLK)?;
         vm.sh(
-            "mkfs.ext4 -q -F /dev/kmem1 && mkdir -p /mnt/a && mount /dev/kmem1 /mnt/a
+            "mkfs.ext4 -q -F /dev/kmem1; mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a
              pmem-guest fill /mnt/a/fsync 20000000 1
              pmem-guest mmap-msync /mnt/a/msync 20000000 2
              xfs_io -c fsync /mnt/a
@@ -122,10 +122,10 @@ fn files_outlive_a_power_loss() -> Result<()> {
         load_movable(vm, "kmem_start=4G kmem_size=1G")?;
         let log = super::said(vm);
         assert!(log.contains("was in use"), "{log}");
-        vm.sh("mkdir -p /mnt/a && mount /dev/kmem1 /mnt/a
+        vm.sh("mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a
              pmem-guest verify /mnt/a/fsync 20000000 1
              pmem-guest verify /mnt/a/msync 20000000 2
-             umount /mnt/a && e2fsck -fn /dev/kmem1")?;
+             umount /mnt/a; e2fsck -fn /dev/kmem1")?;
         take_down(vm)
     })
 }
@@ -150,7 +150,7 @@ fn scrubbing_leaves_no_memory_of_processes() -> Result<()> {
                 vm,
                 &format!("kmem_start=4G kmem_size=128M kmem_format=blk kmem_scrub={scrub}"),
             )?;
-            vm.sh("pmem-guest fill /tmp/x 16777216 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+            vm.sh("pmem-guest fill /tmp/x 16777216 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
             // One is gone when the range is taken down, the other is moved away.
             Hog::start(vm, 1, 60 * MIB, SECRET)?.end()?;
             let hog = Hog::start(vm, 1, 20 * MIB, SECRET)?;

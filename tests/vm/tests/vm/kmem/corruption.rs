@@ -241,7 +241,7 @@ fn damaged_media_are_refused_or_read_only() -> Result<()> {
         prepare(vm)?;
         load(vm, &format!("{LOAD} kmem_format=blk"))?;
         vm.sh(&format!(
-            "pmem-guest fill /tmp/x {} 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null",
+            "pmem-guest fill /tmp/x {} 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null",
             DATA * 4096
         ))?;
         take_down(vm)?;

@@ -35,12 +35,12 @@ fn an_instance_is_bound_and_unbound() -> Result<()> {
         assert_eq!(attribute(vm, "state")?, "online");
         assert_eq!(attribute(vm, "format")?, "blk");
         vm.sh(
-            "mkfs.ext4 -q -F /dev/kmem1 && mkdir -p /mnt/a && mount /dev/kmem1 /mnt/a
+            "mkfs.ext4 -q -F /dev/kmem1; mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a
              pmem-guest fill /mnt/a/file 20000000 1",
         )?;
         let refused = try_state(vm, "unplugged")?.err().map(|error| error.errno);
         assert_eq!(refused, Some(EBUSY));
-        vm.sh("umount /mnt/a && echo dax0.0 >/sys/bus/dax/drivers/pmem/unbind")?;
+        vm.sh("umount /mnt/a; echo dax0.0 >/sys/bus/dax/drivers/pmem/unbind")?;
         ensure!(
             !vm.text("/proc/partitions")?.contains("kmem1"),
             "the disk is still there"
@@ -54,7 +54,7 @@ fn an_instance_is_bound_and_unbound() -> Result<()> {
         // What is there wins.
         load_movable(vm, "kmem_dax=1 kmem_format=none")?;
         vm.sh("echo dax0.0 >/sys/bus/dax/drivers/pmem/new_id
-             mount /dev/kmem1 /mnt/a && pmem-guest verify /mnt/a/file 20000000 1
+             mount /dev/kmem1 /mnt/a; pmem-guest verify /mnt/a/file 20000000 1
              umount /mnt/a")?;
         set_state(vm, "unplugged")?;
         vm.sh("echo dax0.0 >/sys/bus/dax/drivers/pmem/unbind")?;

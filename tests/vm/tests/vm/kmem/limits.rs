@@ -91,8 +91,8 @@ fn the_end_of_the_disk_is_its_end() -> Result<()> {
         load_movable(vm, LOAD)?;
         let last = BLOCKS - 1;
         vm.sh(&format!(
-            "pmem-guest fill /tmp/x 4096 1 && dd if=/tmp/x of=/dev/kmem1 bs=4096 seek={last} oflag=direct 2>/dev/null
-             dd if=/dev/kmem1 of=/tmp/y bs=4096 skip={last} iflag=direct 2>/dev/null && cmp /tmp/x /tmp/y"
+            "pmem-guest fill /tmp/x 4096 1; dd if=/tmp/x of=/dev/kmem1 bs=4096 seek={last} oflag=direct 2>/dev/null
+             dd if=/dev/kmem1 of=/tmp/y bs=4096 skip={last} iflag=direct 2>/dev/null; cmp /tmp/x /tmp/y"
         ))?;
         let beyond = vm.try_sh(&format!(
             "dd if=/tmp/x of=/dev/kmem1 bs=4096 seek={BLOCKS} oflag=direct"

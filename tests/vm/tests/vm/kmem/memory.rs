@@ -111,7 +111,7 @@ fn a_file_is_ram_again_when_it_is_removed_and_trimmed() -> Result<()> {
     boot(stock()?, |vm| {
         load_movable(vm, BLK)?;
         // The blocks of a journal would be written for the first time whenever it comes to them.
-        vm.sh("mkfs.ext4 -q -F -b 4096 -O ^has_journal /dev/kmem1 && mkdir -p /mnt/a && mount /dev/kmem1 /mnt/a")?;
+        vm.sh("mkfs.ext4 -q -F -b 4096 -O ^has_journal /dev/kmem1; mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a")?;
         let fill = format!("pmem-guest fill /mnt/a/x {FILE} 1; sync");
         let verify =
             format!("echo 3 >/proc/sys/vm/drop_caches; pmem-guest verify /mnt/a/x {FILE} 1");
@@ -131,7 +131,7 @@ fn a_file_is_ram_again_when_it_is_removed_and_trimmed() -> Result<()> {
             assert_eq!(cost(vm, remove)?, -FILE_BLOCKS);
             assert_eq!(ram(vm)?, empty);
         }
-        vm.sh("umount /mnt/a && e2fsck -fn /dev/kmem1 && blkdiscard -f /dev/kmem1")?;
+        vm.sh("umount /mnt/a; e2fsck -fn /dev/kmem1; blkdiscard -f /dev/kmem1")?;
         assert_eq!(ram(vm)?, BLOCKS);
         take_down(vm)
     })

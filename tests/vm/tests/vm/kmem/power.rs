@@ -21,7 +21,7 @@ const LOAD: &str = "kmem_start=4G kmem_size=384M pmem_start=4480M pmem_size=128M
 const MAKE: &str =
     "printf 'label: gpt\\nstart=1MiB, size=64MiB\\nstart=65MiB\\n' | sfdisk -q /dev/kmem1
      mkfs.ext4 -q -F /dev/kmem1p1
-     pmem-guest blocks-begin /dev/pmem0 && pmem-guest blocks-begin /dev/pmem1";
+     pmem-guest blocks-begin /dev/pmem0; pmem-guest blocks-begin /dev/pmem1";
 
 /// The blocks of the disk that are written at random: few, so that they are written again and again.
 const BLOCKS: u32 = 384;
@@ -109,7 +109,7 @@ impl Subject {
         let torn = if self.atomic { "" } else { "torn" };
         let said = vm.sh(&format!(
             "pmem-guest blocks-check /dev/kmem1p2 /dev/pmem0 {BLOCKS} {torn}
-             mkdir -p /mnt/a && mount -o {options} /dev/kmem1p1 /mnt/a
+             mkdir -p /mnt/a; mount -o {options} /dev/kmem1p1 /mnt/a
              pmem-guest files-check /mnt/a /dev/pmem1"
         ))?;
         let (of_blocks, of_files) = said.trim().split_once('\n').context("nothing is said")?;
@@ -178,7 +178,7 @@ fn lose_power(cuts: u64, atomic: bool) -> Result<()> {
     let mapped = check(&memory)?;
     boot(machine(&memory)?, |vm| {
         subject.verify(vm, mapped, "nodiscard")?;
-        vm.sh("umount /mnt/a && e2fsck -fn /dev/kmem1p1")?;
+        vm.sh("umount /mnt/a; e2fsck -fn /dev/kmem1p1")?;
         set_state(vm, "unplugged")?;
         check(&memory)?;
         set_state(vm, "online")?;
@@ -222,7 +222,7 @@ fn what_is_lost_torn_or_misplaced_is_found() -> Result<()> {
     boot(stock()?, |vm| {
         load_movable(vm, &format!("{LOAD} kmem_format=blk"))?;
         vm.sh(MAKE)?;
-        vm.sh("mkdir -p /mnt/a && mount /dev/kmem1p1 /mnt/a")?;
+        vm.sh("mkdir -p /mnt/a; mount /dev/kmem1p1 /mnt/a")?;
         let check_blocks = format!("pmem-guest blocks-check /dev/kmem1p2 /dev/pmem0 {BLOCKS}");
         let check_files = "pmem-guest files-check /mnt/a /dev/pmem1";
         let write = |seed: u32| -> Result<Vec<u8>> {
@@ -230,7 +230,7 @@ fn what_is_lost_torn_or_misplaced_is_found() -> Result<()> {
                 "pmem-guest blocks-write /dev/kmem1p2 /dev/pmem0 {BLOCKS} 3 {seed} & blocks=$!
                  pmem-guest files-write /mnt/a /dev/pmem1 {seed} & files=$!
                  sleep 2; kill -KILL $blocks $files; wait $blocks $files || true
-                 {check_blocks} && {check_files}
+                 {check_blocks}; {check_files}
                  dd if=/dev/kmem1p2 of=/tmp/{seed} bs=4k count={BLOCKS} iflag=direct"
             ))?;
             vm.read(&format!("/tmp/{seed}"))
@@ -270,9 +270,7 @@ fn what_is_lost_torn_or_misplaced_is_found() -> Result<()> {
             vm.sh(&format!("{}\n{check_blocks}", copy("2", a)))?;
         }
 
-        vm.sh(
-            "cd /mnt/a && for name in [0-9]*; do cp $name /tmp/copy; echo $name >/tmp/name; done",
-        )?;
+        vm.sh("cd /mnt/a; for name in [0-9]*; do cp $name /tmp/copy; echo $name >/tmp/name; done")?;
         for (damage, fault) in [
             ("echo >>$name", "has changed"),
             ("rm $name", "is not there"),

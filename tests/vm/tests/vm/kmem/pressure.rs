@@ -26,7 +26,7 @@ fn writes_succeed_beside_processes_that_run_out_of_memory() -> Result<()> {
         groups(vm)?;
         vm.sh(
             "printf 'label: gpt\\nstart=1MiB, size=48MiB\\nstart=49MiB\\n' | sfdisk -q /dev/kmem1
-             mkfs.ext4 -q -F /dev/kmem1p1 && mkdir -p /mnt/a && mount /dev/kmem1p1 /mnt/a",
+             mkfs.ext4 -q -F /dev/kmem1p1; mkdir -p /mnt/a; mount /dev/kmem1p1 /mnt/a",
         )?;
         // New blocks and old ones, past the page cache and through it.
         vm.sh_for(
@@ -38,7 +38,7 @@ fn writes_succeed_beside_processes_that_run_out_of_memory() -> Result<()> {
                      --name=disk --filename=/dev/kmem1p2 --direct=1 --rw=randwrite --bsrange=4k-64k --size=24m \\
                      --name=files --directory=/mnt/a --nrfiles=4 --rw=randwrite --bs=4k --size=12m --fsync=64 \\
                      || { cat report; exit 1; }
-                 rm /mnt/a/*.* && fstrim /mnt/a && blkdiscard /dev/kmem1p2
+                 rm /mnt/a/*.*; fstrim /mnt/a; blkdiscard /dev/kmem1p2
              done
              touch stop
              wait",
@@ -49,7 +49,7 @@ fn writes_succeed_beside_processes_that_run_out_of_memory() -> Result<()> {
             .trim()
             .parse()?;
         ensure!(killed >= 3, "only {killed} processes ran out of memory");
-        vm.sh("umount /mnt/a && e2fsck -fn /dev/kmem1p1")?;
+        vm.sh("umount /mnt/a; e2fsck -fn /dev/kmem1p1")?;
         take_down(vm)
     })
 }
@@ -106,7 +106,7 @@ fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
         compare(vm, 4)?;
         // Who must not wait is told so, and does not need to for an old block.
         vm.sh(
-            "cd /tmp && xfs_io -d -c 'pwrite -V 1 -N -b 4k -i x 0 64k' /dev/kmem1
+            "cd /tmp; xfs_io -d -c 'pwrite -V 1 -N -b 4k -i x 0 64k' /dev/kmem1
              n=60000
              while xfs_io -d -c \"pwrite -V 1 -N -b 4k $((n * 4096)) 4k\" /dev/kmem1 2>error; do
                  n=$((n + 1)); [ $n -lt 61000 ]
@@ -166,7 +166,7 @@ fn a_disk_can_be_full() -> Result<()> {
             // What is left of the spare pages.
             ensure!(ram(vm)? <= SPARE, "there is room for more");
         }
-        vm.sh_for("blkdiscard /dev/kmem1 && dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct && blkdiscard /dev/kmem1", GUARD)?;
+        vm.sh_for("blkdiscard /dev/kmem1; dd if=/tmp/x of=/dev/kmem1 bs=64k oflag=direct; blkdiscard /dev/kmem1", GUARD)?;
         set_state(vm, "online")?;
         assert_eq!(ram(vm)?, BLOCKS);
         take_down(vm)

@@ -216,7 +216,7 @@ fn a_format_is_kept_unless_forced() -> Result<()> {
     boot(stock()?, |vm| {
         load_movable(vm, BLK)?;
         let uuid = attribute(vm, "uuid")?;
-        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
         take_down(vm)?;
 
         for params in [
@@ -297,7 +297,7 @@ fn memory_blocks_are_online_all_or_none() -> Result<()> {
         Trace::of(vm)?.check(&before)?;
 
         load_movable(vm, BLK)?;
-        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
         for block in [32, 35, 39] {
             forget(vm)?;
             let path = format!("/sys/devices/system/memory/memory{block}/state");
@@ -372,11 +372,11 @@ fn memory_that_cannot_move_keeps_it_online() -> Result<()> {
     boot(stock()?, |vm| {
         vm.write("/sys/devices/system/memory/auto_online_blocks", b"online")?;
         load(vm, BLK)?;
-        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
         // Pages of page tables and of the slab caches, bound to the node.
         super::groups(vm)?;
         vm.sh("( echo 0 >/sys/fs/cgroup/node1/cgroup.procs
-               mkdir -p /tmp/many && cd /tmp/many && for i in $(seq 3000); do echo >$i; done )")?;
+               mkdir -p /tmp/many; cd /tmp/many; for i in $(seq 3000); do echo >$i; done )")?;
         for state in ["offline", "unplugged"] {
             forget(vm)?;
             let Err(error) = try_state(vm, state)? else {
@@ -389,7 +389,7 @@ fn memory_that_cannot_move_keeps_it_online() -> Result<()> {
             assert_eq!(attribute(vm, "state")?, "online");
         }
         ram(vm)?;
-        vm.sh("pmem-guest compare /tmp/x /dev/kmem1 1048576 && dd if=/tmp/x of=/dev/kmem1 bs=1M seek=3 oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest compare /tmp/x /dev/kmem1 1048576; dd if=/tmp/x of=/dev/kmem1 bs=1M seek=3 oflag=direct 2>/dev/null")?;
         Ok(())
     })
 }
@@ -428,7 +428,7 @@ fn disks_come_up_beside_a_range_that_does_not() -> Result<()> {
         );
         for disk in ["kmem1", "pmem0"] {
             vm.sh(&format!(
-                "mkfs.ext4 -q -F -b 4096 /dev/{disk} && e2fsck -fn /dev/{disk}"
+                "mkfs.ext4 -q -F -b 4096 /dev/{disk}; e2fsck -fn /dev/{disk}"
             ))?;
         }
         take_down(vm)?;
@@ -436,7 +436,7 @@ fn disks_come_up_beside_a_range_that_does_not() -> Result<()> {
             vm,
             "pmem_start=4608M pmem_size=512M kmem_start=4G kmem_size=512M",
         )?;
-        vm.sh("e2fsck -fn /dev/kmem1 && e2fsck -fn /dev/pmem0")?;
+        vm.sh("e2fsck -fn /dev/kmem1; e2fsck -fn /dev/pmem0")?;
         take_down(vm)
     })
 }
@@ -451,7 +451,7 @@ fn a_damaged_copy_of_the_superblock_is_repaired() -> Result<()> {
         prepare(vm)?;
         load(vm, "kmem_start=4G kmem_size=128M kmem_format=blk")?;
         let uuid = attribute(vm, "uuid")?;
-        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
         take_down(vm)?;
 
         let file = File::options().read(true).write(true).open(memory.path())?;
@@ -563,7 +563,7 @@ fn virtio_mem_and_a_range_exclude_each_other() -> Result<()> {
         };
         unload_other()?;
         load(vm, BLK)?;
-        vm.sh("pmem-guest fill /tmp/x 1048576 1 && dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
+        vm.sh("pmem-guest fill /tmp/x 1048576 1; dd if=/tmp/x of=/dev/kmem1 bs=1M oflag=direct 2>/dev/null")?;
 
         // An unplugged range leaves the callback to others.
         set_state(vm, "unplugged")?;

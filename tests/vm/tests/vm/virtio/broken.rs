@@ -101,8 +101,8 @@ fn a_host_that_does_not_answer_leaves_no_file_system_hanging() -> Result<()> {
     boot(machine, |vm| {
         serve(vm)?;
         vm.sh("mkfs.ext4 -q -F -b 4096 -J size=4 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest fill /mnt/a/x 1000000 1 && sync")?;
+             mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest fill /mnt/a/x 1000000 1; sync")?;
         let so_far = vm.flushes()?.len();
         ensure!(so_far < FIRST - 2, "{so_far} flushes so far");
         vm.sh(&format!(
@@ -125,7 +125,7 @@ fn a_host_that_does_not_answer_leaves_no_file_system_hanging() -> Result<()> {
         );
         vm.sh_for(
             "for i in $(seq 300); do test $(ls /tmp/waiter* 2>/dev/null | wc -l) = 6 && break; sleep 0.1; done
-             test $(ls /tmp/waiter* | wc -l) = 6 && umount /mnt/a",
+             test $(ls /tmp/waiter* | wc -l) = 6; umount /mnt/a",
             LONG,
         )?;
         unload(vm)

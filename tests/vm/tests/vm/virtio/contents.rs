@@ -36,7 +36,7 @@ fn the_disk_says_what_it_is() -> Result<()> {
 fn use_it(vm: &Vm, mkfs: &str, check: &str) -> Result<()> {
     serve(vm)?;
     vm.sh_for(
-        &format!("{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a"),
+        &format!("{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a"),
         LONG,
     )?;
     let mounts = vm.sh("grep /mnt/a /proc/mounts")?;
@@ -63,7 +63,7 @@ fn use_it(vm: &Vm, mkfs: &str, check: &str) -> Result<()> {
         )?;
     }
     vm.sh_for(
-        &format!("umount /mnt/a && {check} && mount -o dax=always /dev/pmem0 /mnt/a"),
+        &format!("umount /mnt/a; {check}; mount -o dax=always /dev/pmem0 /mnt/a"),
         LONG,
     )?;
     for (n, len) in (1..).zip(files) {
@@ -123,7 +123,7 @@ fn survives(mkfs: &str, check: &str) -> Result<()> {
         serve(vm)?;
         vm.sh_for(
             &format!(
-                "{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+                "{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
                  pmem-guest fill /mnt/a/fsync 20000000 1
                  pmem-guest mmap-msync /mnt/a/msync 20000000 2
                  xfs_io -c fsync /mnt/a
@@ -136,10 +136,10 @@ fn survives(mkfs: &str, check: &str) -> Result<()> {
     let verify = |vm: &Vm| {
         vm.sh_for(
             &format!(
-                "mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+                "mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
                  pmem-guest verify /mnt/a/fsync 20000000 1
                  pmem-guest verify /mnt/a/msync 20000000 2
-                 umount /mnt/a && {check}"
+                 umount /mnt/a; {check}"
             ),
             LONG,
         )

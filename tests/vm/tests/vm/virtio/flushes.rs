@@ -94,8 +94,8 @@ fn a_journal_is_durable_before_its_commit_block() -> Result<()> {
         vm.sh_for(
             // No other writer: neither the background initialization of the inode tables nor times of access.
             "mkfs.ext4 -q -F -b 4096 -J size=4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always,noatime /dev/pmem0 /mnt/a
-             touch /mnt/a/x && sync && sleep 6 && sync",
+             mkdir -p /mnt/a; mount -o dax=always,noatime /dev/pmem0 /mnt/a
+             touch /mnt/a/x; sync; sleep 6; sync",
             LONG,
         )?;
         let before = vm.flushes()?.len();
@@ -269,14 +269,14 @@ fn ext4_stops_when_its_journal_is_not_durable() -> Result<()> {
     boot(machine, |vm| {
         serve(vm)?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 -J size=4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/pmem0 && mkdir -p /mnt/a
+            "mkfs.ext4 -q -F -b 4096 -J size=4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/pmem0; mkdir -p /mnt/a
              mount -o dax=always,errors=remount-ro /dev/pmem0 /mnt/a
-             pmem-guest fill /mnt/a/before 1000000 1 && sync",
+             pmem-guest fill /mnt/a/before 1000000 1; sync",
         )?;
         let so_far = vm.flushes()?.len() as u64;
         ensure!(so_far < FIRST - 2, "{so_far} flushes so far");
         syncs(vm, FIRST - 1 - so_far)?;
-        let ran = vm.try_sh("echo x >/mnt/a/x && xfs_io -c fsync /mnt/a/x")?;
+        let ran = vm.try_sh("echo x >/mnt/a/x; xfs_io -c fsync /mnt/a/x")?;
         ensure!(
             ran.stderr.contains("Input/output error") || ran.stderr.contains("Read-only"),
             "{ran:?}\n{}",
@@ -287,7 +287,7 @@ fn ext4_stops_when_its_journal_is_not_durable() -> Result<()> {
                e2fsck -fy /dev/pmem0 >/tmp/fsck || test $? = 1
                mount -o dax=always /dev/pmem0 /mnt/a
                pmem-guest verify /mnt/a/before 1000000 1
-               pmem-guest fill /mnt/a/after 1000000 2 && umount /mnt/a",
+               pmem-guest fill /mnt/a/after 1000000 2; umount /mnt/a",
         )?;
         Ok(())
     })

@@ -53,7 +53,7 @@ impl Way {
 /// The name of device `n` on the virtio bus.
 fn name(vm: &Vm, n: usize) -> Result<String> {
     let name = vm.sh(&format!(
-        "cd /sys/bus/pci/devices/0000:{:02x}:00.0 && echo virtio*",
+        "cd /sys/bus/pci/devices/0000:{:02x}:00.0; echo virtio*",
         n + 1
     ))?;
     Ok(name.trim().to_owned())
@@ -93,7 +93,7 @@ fn round(vm: &Vm, way: Way, n: usize) -> Result<()> {
     vm.sh_for(
         &format!(
             "for i in $(seq 600); do test -e /tmp/up1 || test -e /tmp/up2 || break; sleep 0.05; done
-             test ! -e /tmp/up1 && test ! -e /tmp/up2
+             test ! -e /tmp/up1; test ! -e /tmp/up2
              {clean}
              test ! -e /dev/pmem0"
         ),
@@ -125,7 +125,7 @@ fn are_taken(way: Way, rounds: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
             way.give(vm, n)?;
             vm.sh_for(
                 &format!(
-                    "{mkfs} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+                    "{mkfs}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
                      truncate -s 1M /mnt/a/mapped
                      pmem-guest fill /mnt/a/kept 1000000 7
                      umount /mnt/a"
@@ -141,7 +141,7 @@ fn are_taken(way: Way, rounds: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
         ] {
             way.give(vm, n)?;
             vm.sh_for(
-                &format!("mount -o dax=always /dev/pmem0 /mnt/a && umount /mnt/a && {check}"),
+                &format!("mount -o dax=always /dev/pmem0 /mnt/a; umount /mnt/a; {check}"),
                 LONG,
             )?;
             way.take(vm, n)?;
@@ -232,8 +232,8 @@ fn a_device_that_was_pulled_out_fails_at_once() -> Result<()> {
     boot(super::machine(&memory)?, |vm| {
         serve(vm)?;
         vm.sh("mkfs.ext4 -q -F -b 4096 -J size=4 /dev/pmem0
-             mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             truncate -s 1M /mnt/a/mapped && sync")?;
+             mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             truncate -s 1M /mnt/a/mapped; sync")?;
         vm.sh(FILES)?;
         // To the kernel a device is not there if its configuration space cannot be read: here, because the port that
         // it is behind passes on no accesses of that any more.
@@ -252,7 +252,7 @@ fn a_device_that_was_pulled_out_fails_at_once() -> Result<()> {
         );
         vm.sh_for(
             "for i in $(seq 600); do test -e /tmp/up1 || test -e /tmp/up2 || break; sleep 0.05; done
-             test ! -e /tmp/up1 && test ! -e /tmp/up2
+             test ! -e /tmp/up1; test ! -e /tmp/up2
              umount /mnt/a
              test ! -e /dev/pmem0",
             LONG,
@@ -271,15 +271,15 @@ fn a_device_moves_between_drivers() -> Result<()> {
         // Theirs was there first.
         let device = vm.sh(&format!(
             "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done
-             cd /sys/bus/virtio/drivers/{THEIRS} && echo virtio[0-9]*"
+             cd /sys/bus/virtio/drivers/{THEIRS}; echo virtio[0-9]*"
         ))?;
         let device = device.trim();
         serve(vm)?;
         vm.sh(&format!(
             "test ! -e /sys/bus/virtio/drivers/{DRIVER}/{device}
-             mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a
+             mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a
              mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest fill /mnt/a/0 1000000 0 && umount /mnt/a"
+             pmem-guest fill /mnt/a/0 1000000 0; umount /mnt/a"
         ))?;
         for round in 1..=6 {
             let (from, to) = match round % 2 {
@@ -293,7 +293,7 @@ fn a_device_moves_between_drivers() -> Result<()> {
                 "mount -o dax=always /dev/pmem0 /mnt/a
                  for i in $(seq 0 {}); do pmem-guest verify /mnt/a/$i 1000000 $i; done
                  pmem-guest mmap-msync /mnt/a/{round} 1000000 {round}
-                 umount /mnt/a && e2fsck -fn /dev/pmem0",
+                 umount /mnt/a; e2fsck -fn /dev/pmem0",
                 round - 1
             ))?;
         }

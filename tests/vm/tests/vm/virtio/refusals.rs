@@ -34,7 +34,7 @@ fn serves_the_good_one(vm: &Vm, words: &[&str]) -> Result<()> {
     vm.sh("test $(ls /dev/pmem* | wc -l) = 1
            dd if=/dev/zero of=/dev/pmem0 bs=1M count=1 conv=fsync 2>/dev/null")?;
     let bound = vm.sh(&format!(
-        "cd /sys/bus/virtio/drivers/{DRIVER} && echo virtio[0-9]*"
+        "cd /sys/bus/virtio/drivers/{DRIVER}; echo virtio[0-9]*"
     ))?;
     ensure!(bound.split_whitespace().count() == 1, "{bound}");
     unload(vm)
@@ -125,18 +125,18 @@ fn devices_can_be_left_to_others() -> Result<()> {
         Trace::of(vm)?.check(&before)?;
         load(vm, "pmem_virtio=0 pmem_start=4G pmem_size=64M")?;
         vm.sh(&format!(
-            "test -b /dev/pmem0 && test ! -e /dev/pmem1 && test ! -e /sys/bus/virtio/drivers/{DRIVER}"
+            "test -b /dev/pmem0; test ! -e /dev/pmem1; test ! -e /sys/bus/virtio/drivers/{DRIVER}"
         ))?;
         unload(vm)?;
         // Both at once.
         load(vm, "pmem_start=4G pmem_size=64M")?;
         vm.sh_for(
             "for disk in pmem0 pmem1; do
-                 mkfs.ext4 -q -F -b 4096 /dev/$disk && mkdir -p /mnt/$disk && mount -o dax=always /dev/$disk /mnt/$disk
+                 mkfs.ext4 -q -F -b 4096 /dev/$disk; mkdir -p /mnt/$disk; mount -o dax=always /dev/$disk /mnt/$disk
                  pmem-guest fill /mnt/$disk/x 1000000 1
              done
              grep -h . /sys/block/pmem*/pmem/provider | sort | tr '\\n' ' ' | grep -q '^memmap virtio $'
-             for disk in pmem0 pmem1; do pmem-guest verify /mnt/$disk/x 1000000 1 && umount /mnt/$disk; done",
+             for disk in pmem0 pmem1; do pmem-guest verify /mnt/$disk/x 1000000 1; umount /mnt/$disk; done",
             LONG,
         )?;
         unload(vm)

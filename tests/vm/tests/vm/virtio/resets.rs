@@ -24,7 +24,7 @@ fn a_machine_that_was_suspended_flushes_again() -> Result<()> {
         serve(vm)?;
         vm.sh_for(
             &format!(
-                "{XFS} && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
+                "{XFS}; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
                  pmem-guest fill /mnt/a/x 3333333 1
                  pmem-guest mmap-msync /mnt/a/y 3333333 2
                  ( i=0; while echo $i >/mnt/a/new$((i % 20)) && xfs_io -c fsync /mnt/a/new$((i % 20))
@@ -44,7 +44,7 @@ fn a_machine_that_was_suspended_flushes_again() -> Result<()> {
              test $(cat /tmp/ended) = 0
              pmem-guest verify /mnt/a/x 3333333 1
              pmem-guest mmap-verify /mnt/a/y 3333333 2
-             umount /mnt/a && xfs_repair -n /dev/pmem0",
+             umount /mnt/a; xfs_repair -n /dev/pmem0",
             LONG,
         )?;
         ensure!(
@@ -85,8 +85,8 @@ fn data_outlives_twenty_reloads() -> Result<()> {
     boot(machine(&memory)?, |vm| {
         serve(vm)?;
         vm.sh(
-            "mkfs.ext4 -q -F -b 4096 /dev/pmem0 && mkdir -p /mnt/a && mount -o dax=always /dev/pmem0 /mnt/a
-             pmem-guest fill /mnt/a/x 1000000 1 && umount /mnt/a",
+            "mkfs.ext4 -q -F -b 4096 /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
+             pmem-guest fill /mnt/a/x 1000000 1; umount /mnt/a",
         )?;
         unload(vm)?;
         let before = Trace::of(vm)?;
@@ -94,7 +94,7 @@ fn data_outlives_twenty_reloads() -> Result<()> {
             serve(vm)?;
             vm.sh("mount -o dax=always /dev/pmem0 /mnt/a
                    pmem-guest verify /mnt/a/x 1000000 1
-                   pmem-guest fill /mnt/a/x 1000000 1 && umount /mnt/a")?;
+                   pmem-guest fill /mnt/a/x 1000000 1; umount /mnt/a")?;
             unload(vm)?;
         }
         Trace::of(vm)?.check(&before)
