@@ -17,6 +17,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod domain;
+pub mod record;
 mod watcher;
 
 pub use watcher::Watcher;
