@@ -1,22 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A plugin for QEMU that sees each access of a guest's CPUs to memory, and has [`pmem_trace`] count them.
+//! A plugin for QEMU that sees each access of a guest's CPUs to memory, and has [`pmem_trace`] count or record them.
 //!
 //! ```text
 //! qemu-system-x86_64 -accel tcg -plugin libpmem_plugin.so,socket=PATH
+//! qemu-system-x86_64 -accel tcg,thread=single -plugin libpmem_plugin.so,socket=PATH,ram=FILE
 //! ```
 //!
 //! QEMU shows the accesses of translated code, and those of helpers that act for an instruction as the CPU would:
 //! strings, vectors (in pieces of 16 bytes) and atomic instructions, which are a load and a store. It does not show
 //! those of `fxsave`, `xsave` and their counterparts, those of devices, and the CPU's own walks of page tables.
+//!
+//! With `ram=FILE` the plugin can record, too. The file is the guest's memory from the physical address 0 on, where its
+//! page tables are: instructions that write lines back are nops to QEMU, which tells no physical address of theirs. The
+//! values of stores are right if CPUs take turns: QEMU shows the operand of an atomic instruction, not what it stores,
+//! where they do not.
 
 #![forbid(unsafe_code)]
 
-use pmem_trace::{Kind, Watcher};
+mod record;
+
+use pmem_trace::{serve, Kind, Reply, Request, Watcher};
 use qemu_plugin::error::{Error, Result};
 use qemu_plugin::install::{Args, Info};
 use qemu_plugin::plugin::{HasCallbacks, Register};
-use qemu_plugin::{register, MemRW, MemoryInfo, PluginId, TranslationBlock};
+use qemu_plugin::{register, MemRW, MemoryInfo, PluginId, TranslationBlock, VCPUIndex};
 use std::os::unix::net::UnixListener;
 use std::thread;
 
@@ -25,6 +33,10 @@ static WATCHER: Watcher = Watcher::new();
 struct Plugin;
 
 impl HasCallbacks for Plugin {
+    fn on_vcpu_init(&mut self, _id: PluginId, _cpu: VCPUIndex) -> Result<()> {
+        record::init()
+    }
+
     fn on_translation_block_translate(
         &mut self,
         _id: PluginId,
@@ -37,6 +49,7 @@ impl HasCallbacks for Plugin {
                 move |_cpu, access, address| note(pc, &access, address),
                 MemRW::QEMU_PLUGIN_MEM_RW,
             );
+            record::instrument(&instruction);
         }
         Ok(())
     }
@@ -56,17 +69,28 @@ fn note(pc: u64, access: &MemoryInfo<'_>, address: u64) {
     WATCHER.note(kind, physical, size, pc);
 }
 
+fn answer(request: Request) -> Reply {
+    match request {
+        Request::Watch { .. } | Request::Report => WATCHER.answer(request),
+        Request::Record { .. } | Request::EndRecord => record::answer(request),
+    }
+}
+
 impl Register for Plugin {
     fn register(&mut self, _id: PluginId, args: &Args, _info: &Info) -> Result<()> {
-        let socket = args
-            .raw
-            .iter()
-            .find_map(|argument| argument.strip_prefix("socket="))
+        let argument = |name| {
+            let mut raw = args.raw.iter();
+            raw.find_map(|argument| argument.strip_prefix(name))
+        };
+        let socket = argument("socket=")
             .ok_or_else(|| Error::BoxedError("the argument socket=PATH is missing".into()))?;
+        if let Some(ram) = argument("ram=") {
+            record::enable(ram)?;
+        }
         let listener = UnixListener::bind(socket)?;
         thread::Builder::new()
             .name("pmem-plugin".into())
-            .spawn(move || WATCHER.serve(&listener))?;
+            .spawn(move || serve(&listener, answer))?;
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How the CPUs of a virtual machine access a range of its physical memory: what a plugin in QEMU counts, and the
-//! language in which the host asks for it.
+//! How the CPUs of a virtual machine access a range of its physical memory: what a plugin in QEMU counts or records, and
+//! the language in which the host asks for it.
 //!
 //! The plugin listens on a socket of the host's. A connection is one question and its answer, each a line of JSON:
 //!
@@ -11,28 +11,40 @@
 //!
 //! host    "report"
 //! plugin  {"accesses":{"counted":[{"kind":"store","size":8,"aligned":true,"pc":18446744072650358784,"count":512}],"lost":0}}
+//!
+//! host    {"record":{"start":4294967296,"size":1048576,"log":"log"}}
+//! plugin  "done"
+//!
+//! host    "end-record"
+//! plugin  {"recorded":{"events":1234}}
 //! ```
 //!
-//! [`Watcher`] is the plugin's side without QEMU, [`ask`] is the host's.
+//! [`Watcher`] and [`Recorder`] are the plugin's side without QEMU, [`ask`] is the host's. [`record`] is what is recorded,
+//! and [`domain`] what a power failure could leave of it.
 
 #![forbid(unsafe_code)]
 
 pub mod domain;
+#[cfg(feature = "instruction")]
+pub mod instruction;
+pub mod paging;
 pub mod record;
+mod recorder;
 mod watcher;
 
+pub use recorder::{Place, Recorder};
 pub use watcher::Watcher;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// What the host asks of the plugin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Forget what was counted, and count accesses to this range from now on. Answered by [`Reply::Done`].
@@ -44,6 +56,17 @@ pub enum Request {
     },
     /// Tell what was counted, and go on counting. Answered by [`Reply::Accesses`].
     Report,
+    /// Record what is done to this range from now on. Answered by [`Reply::Done`].
+    Record {
+        /// The first physical address.
+        start: u64,
+        /// How many bytes.
+        size: u64,
+        /// The file that it is kept in, which must not be there yet; relative to the directory that QEMU runs in.
+        log: PathBuf,
+    },
+    /// Record no more, and end the file. Answered by [`Reply::Recorded`].
+    EndRecord,
 }
 
 /// What the plugin answers.
@@ -54,6 +77,11 @@ pub enum Reply {
     Done,
     /// What was counted since the last [`Request::Watch`].
     Accesses(Accesses),
+    /// The file has what was recorded.
+    Recorded {
+        /// How many events.
+        events: u64,
+    },
     /// It cannot be done, and why.
     Refused(String),
 }
@@ -163,6 +191,24 @@ pub fn ask(socket: &Path, request: Request) -> io::Result<Reply> {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line)?;
     Ok(serde_json::from_str(&line)?)
+}
+
+/// Has `answer` reply to who connects, one after the other, for as long as the socket is there.
+pub fn serve(listener: &UnixListener, answer: impl Fn(Request) -> Reply) {
+    while let Ok((stream, _)) = listener.accept() {
+        // Who does not wait for the answer has none.
+        converse(stream, &answer).ok();
+    }
+}
+
+fn converse(mut stream: UnixStream, answer: impl Fn(Request) -> Reply) -> io::Result<()> {
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line)?;
+    let reply = match serde_json::from_str(&line) {
+        Ok(request) => answer(request),
+        Err(error) => Reply::Refused(format!("{line:?} is no question: {error}")),
+    };
+    send(&mut stream, &reply)
 }
 
 fn send(stream: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {

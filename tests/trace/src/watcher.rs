@@ -2,10 +2,8 @@
 
 //! The plugin's side, without QEMU.
 
-use crate::{send, Accesses, Counted, Kind, Reply, Request, Shape};
+use crate::{Accesses, Counted, Kind, Reply, Request, Shape};
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -105,25 +103,8 @@ impl Watcher {
                     lost: state.lost,
                 })
             }
+            other => Reply::Refused(format!("{other:?} is not for a counter")),
         }
-    }
-
-    /// Answers who connects, one after the other, for as long as the socket is there.
-    pub fn serve(&self, listener: &UnixListener) {
-        while let Ok((stream, _)) = listener.accept() {
-            // Who does not wait for the answer has none.
-            self.converse(stream).ok();
-        }
-    }
-
-    fn converse(&self, mut stream: UnixStream) -> io::Result<()> {
-        let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line)?;
-        let reply = match serde_json::from_str(&line) {
-            Ok(request) => self.answer(request),
-            Err(error) => Reply::Refused(format!("{line:?} is no question: {error}")),
-        };
-        send(&mut stream, &reply)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -134,7 +115,9 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ask;
+    use crate::{ask, send, serve};
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::thread;
 
     const START: u64 = 0xfe00_0000;
@@ -269,7 +252,7 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let watcher: &Watcher = Box::leak(Box::default());
         // It ends with the tests.
-        thread::spawn(move || watcher.serve(&listener));
+        thread::spawn(move || serve(&listener, |request| watcher.answer(request)));
 
         let request = Request::Watch {
             start: START,

@@ -250,7 +250,7 @@ fn what_is_beyond_the_range_is_left_out() {
         address: START + 4,
         bytes: vec![1; 8],
     };
-    assert_eq!(domain.durable(), [whole.clone()]);
+    assert_eq!(domain.durable(), std::slice::from_ref(&whole));
     // So does a patch to a smaller image.
     let mut image = [0; 4];
     whole.apply(&mut image, START + 6);

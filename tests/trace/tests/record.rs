@@ -64,15 +64,15 @@ fn the_file_is_as_documented() {
     let mut file = b"PMEMLOG1".to_vec();
     file.extend(START.to_le_bytes());
     file.extend(SIZE.to_le_bytes());
-    file.extend([0b011_1_1_000, 1, 2, 3, 4, 5, 6, 7, 8]);
-    file.extend([0b000_1_0_000, 9]);
+    file.extend([3 << 5 | 1 << 4 | 1 << 3, 1, 2, 3, 4, 5, 6, 7, 8]);
+    file.extend([1 << 4, 9]);
     // 9 bytes back.
-    file.extend([0b111_0_0_000, 3, 17, 1, 2, 3]);
-    file.extend([0b01_001, 4]);
-    file.extend([5, 1, 0b1_00_001]);
-    file.extend([0b10_010]);
+    file.extend([7 << 5, 3, 17, 1, 2, 3]);
+    file.extend([1 << 3 | 1, 4]);
+    file.extend([5, 1, 1 << 5 | 1]);
+    file.extend([2 << 3 | 2]);
     file.extend([3, 0xa5]);
-    file.extend([0b1_100, 0xac, 0x02]);
+    file.extend([1 << 3 | 4, 0xac, 0x02]);
     file.extend([7, 8]);
     assert_eq!(written(&events), file);
     assert_eq!(Log::new(&*file).unwrap().range(), START..START + SIZE);
@@ -132,15 +132,16 @@ fn a_file_that_was_cut_off_is_an_error() {
 #[test]
 fn nonsense_is_an_error() {
     let begin = &written(&[])[..24];
+    const CONTINUES: u8 = 1 << 4;
     for (what, bytes) in [
-        ("a store beyond the range", &[0b000_1_0_000, 1, 0, 1][..]),
+        ("a store beyond the range", &[1 << 4, 1, 0, 1][..]),
         ("a store beyond the range", &[0, 0xff, 0xff, 0xff, 0x7f, 1]),
-        ("a store's length", &[0b111_1_0_000, 65]),
-        ("a store's length", &[0b111_1_0_000, 0]),
+        ("a store's length", &[7 << 5 | 1 << 4, 65]),
+        ("a store's length", &[7 << 5 | 1 << 4, 0]),
         ("a line beyond the range", &[1, 1]),
-        ("an unknown write-back", &[0b11_001]),
-        ("an unknown fence", &[0b100_010]),
-        ("an unknown loss", &[0b10_100]),
+        ("an unknown write-back", &[3 << 3 | 1]),
+        ("an unknown fence", &[4 << 3 | 2]),
+        ("an unknown loss", &[2 << 3 | 4]),
         ("a CPU's number", &[5, 0xff, 0xff, 0xff, 0xff, 0x1f]),
         (
             "more than 64 bits",
@@ -151,7 +152,7 @@ fn nonsense_is_an_error() {
     ] {
         // The first would be in the range, were it not for what comes before.
         let events: &[u8] = match bytes {
-            [0b000_1_0_000, ..] => &[0, 0xfe, 0xff, 0x7f, 9, 0b000_1_0_000, 9],
+            [CONTINUES, ..] => &[0, 0xfe, 0xff, 0x7f, 9, 1 << 4, 9],
             bytes => bytes,
         };
         let error = read(&[begin, events].concat()).unwrap_err();
