@@ -51,6 +51,7 @@ use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -133,6 +134,7 @@ pub struct Builder<'a> {
     pci: bar::Devices<'a>,
     traced: bool,
     watched: bool,
+    recorded: bool,
     faulty: Option<Faulty>,
     ranges: Option<Vec<(Use, u64, u64)>>,
     cpus: u32,
@@ -161,6 +163,7 @@ impl<'a> Builder<'a> {
             pci: bar::Devices::default(),
             traced: false,
             watched: false,
+            recorded: false,
             faulty: None,
             ranges: None,
             cpus: 2,
@@ -291,6 +294,14 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// As [`Builder::watch_accesses`], and has QEMU keep the order of what is done to memory, for [`Vm::record`]. The
+    /// guest's CPUs then take turns, and it takes three times the time that others take.
+    pub fn record_writes(mut self) -> Self {
+        self.recorded = true;
+        self.boot_timeout = self.boot_timeout.max(3 * BOOT);
+        self.watch_accesses()
+    }
+
     /// Says what a range of memory is, instead of reserving all from [`UPPER`] on. May be given again.
     pub fn range(mut self, how: Use, start: u64, size: u64) -> Self {
         self.ranges.get_or_insert_default().push((how, start, size));
@@ -382,7 +393,7 @@ impl<'a> Builder<'a> {
     }
 
     /// QEMU's arguments, apart from the accelerator's.
-    fn arguments(&self, dir: &Path, image: &Path) -> Vec<String> {
+    fn arguments(&self, dir: &Path, image: &Path, memory: Option<&Persistent>) -> Vec<String> {
         let (ram, upper) = (self.ram, self.upper);
         let mut args: Vec<String> = [
             "-nodefaults",
@@ -418,7 +429,16 @@ impl<'a> Builder<'a> {
                 room => format!("{size}M,slots=1,maxmem={}M", size + room / MIB),
             },
         );
-        push("-object", format!("memory-backend-ram,id=ram,size={ram}"));
+        push(
+            "-object",
+            match memory {
+                Some(memory) => format!(
+                    "memory-backend-file,id=ram,size={ram},share=on,mem-path={}",
+                    value(&memory.path())
+                ),
+                None => format!("memory-backend-ram,id=ram,size={ram}"),
+            },
+        );
         push(
             "-numa",
             format!("node,nodeid=0,cpus=0-{},memdev=ram", self.cpus - 1),
@@ -496,7 +516,9 @@ impl<'a> Builder<'a> {
             Some(Accelerator::Kvm) if self.watched => {
                 bail!("accesses to memory can be watched where the guest is emulated, not with KVM")
             }
+            Some(Accelerator::Tcg) if self.recorded => Accelerator::InTurns,
             Some(accelerator) => accelerator,
+            None if self.recorded => Accelerator::InTurns,
             None if self.watched => Accelerator::Tcg,
             None => Accelerator::choose(self.kernel, self.root, self.progress)?,
         };
@@ -544,6 +566,14 @@ impl<'a> Builder<'a> {
         for memory in memories.chain(self.pci.disks.iter().copied()) {
             enter = enter.bind(memory.dir(), memory.dir());
         }
+        // Where the plugin can read it.
+        let memory = match self.recorded {
+            true => Some(Persistent::new(self.ram)?),
+            false => None,
+        };
+        if let Some(memory) = &memory {
+            enter = enter.bind(memory.dir(), memory.dir());
+        }
         const QEMU: &str = "qemu-system-x86_64";
         let mut qemu = if self.traced {
             let files: Vec<PathBuf> = self.virtio.iter().map(|d| d.memory.path()).collect();
@@ -556,10 +586,10 @@ impl<'a> Builder<'a> {
             enter.command(QEMU)
         };
         if let Some(plugin) = &plugin {
-            qemu.args(accesses::arguments(plugin));
+            qemu.args(accesses::arguments(plugin, memory.as_ref()));
         }
         qemu.args(accelerator.arguments())
-            .args(self.arguments(dir.path(), &booted))
+            .args(self.arguments(dir.path(), &booted, memory.as_ref()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(dir.path().join("qemu"))?);
@@ -579,6 +609,8 @@ impl<'a> Builder<'a> {
             monitor: Mutex::default(),
             places: bar::Places::new(&self.pci, self.virtio.len()),
             dir: Some(dir),
+            _memory: memory,
+            recordings: AtomicU32::new(0),
             kept: None,
             modules: modules.iter().map(Module::path).collect(),
         };
@@ -611,6 +643,10 @@ pub struct Vm {
     monitor: Mutex<Option<Monitor>>,
     places: bar::Places,
     dir: Option<TempDir>,
+    /// Its ordinary memory, if that is a file.
+    _memory: Option<Persistent>,
+    /// How many logs there are.
+    recordings: AtomicU32,
     kept: Option<PathBuf>,
     /// Paths of what is loaded at boot.
     modules: Vec<String>,
@@ -965,6 +1001,32 @@ impl Vm {
             accesses.lost
         );
         Ok(accesses)
+    }
+
+    /// Records what the guest's CPUs do to this range of physical addresses from now on, and in which order, until
+    /// [`Vm::recorded`]. The machine must have been started with [`Builder::record_writes`].
+    pub fn record(&self, range: Range<u64>) -> Result<()> {
+        let request = pmem_trace::Request::Record {
+            start: range.start,
+            size: range.end.saturating_sub(range.start),
+            log: accesses::log(self.recordings.fetch_add(1, Ordering::Relaxed) + 1).into(),
+        };
+        match self.ask_plugin(request)? {
+            pmem_trace::Reply::Done => Ok(()),
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        }
+    }
+
+    /// Ends what [`Vm::record`] began, and returns the path of the log, which [`pmem_trace::record::Log`] reads. The file
+    /// is gone with the machine.
+    pub fn recorded(&self) -> Result<PathBuf> {
+        match self.ask_plugin(pmem_trace::Request::EndRecord)? {
+            pmem_trace::Reply::Recorded { log, .. } => {
+                let dir = self.dir.as_ref().context("the machine has gone")?;
+                Ok(dir.path().join(log))
+            }
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        }
     }
 
     fn ask_plugin(&self, request: pmem_trace::Request) -> Result<pmem_trace::Reply> {

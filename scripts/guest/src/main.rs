@@ -10,6 +10,7 @@ mod agent;
 mod aligned;
 mod direct;
 mod mapping;
+mod mark;
 mod pci;
 mod programs;
 mod timing;

@@ -17,6 +17,7 @@ use serde_json::json;
 use crate::aligned::Aligned;
 use crate::direct;
 use crate::mapping::{Instruction, Mapping};
+use crate::mark::Marks;
 use crate::pci;
 use crate::timing;
 use crate::virtio;
@@ -60,6 +61,7 @@ usage: pmem-guest PROGRAM ...
   access FILE BYTES INSTRUCTION@OFFSET*COUNT ...
                                     execute instructions on a mapping: load1 to load8, store1 to store8, load16,
                                     store16, movnti, add, stosq, movsb
+  mark BYTE                         say BYTE to a host that records the machine
   functions ADDRESS ...             print which of the kernel's functions these are in, a line each
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
@@ -155,6 +157,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
             Ok(())
         }
         ["access", file, len, accesses @ ..] => access(file, number(len)?, accesses),
+        ["mark", value] => Marks::open()?.mark(byte(value)?),
         ["functions", addresses @ ..] => functions(addresses),
         ["poison", file, page] => {
             let (mut mapping, at) = (map(file)?, number(page)? * PAGE);
@@ -190,6 +193,11 @@ pub fn run(args: &[String]) -> io::Result<()> {
 fn number(text: &str) -> io::Result<usize> {
     text.parse()
         .map_err(|error| io::Error::other(format!("{text:?} is not a number: {error}")))
+}
+
+fn byte(text: &str) -> io::Result<u8> {
+    text.parse()
+        .map_err(|error| io::Error::other(format!("{text:?} is not a byte: {error}")))
 }
 
 fn create(path: &str) -> io::Result<File> {

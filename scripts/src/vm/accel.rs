@@ -23,6 +23,8 @@ pub enum Accelerator {
     Kvm,
     /// By translation: everything works, nothing is as fast as it would be.
     Tcg,
+    /// By translation, one CPU at a time, so that there is an order of all that they do.
+    InTurns,
     /// By translation, one CPU at a time, and the guest's clocks do not tell the time: they go on by a nanosecond
     /// with each instruction, and while all CPUs wait they skip to what is waited for. A guest that computes measures
     /// how many instructions that takes.
@@ -83,6 +85,7 @@ impl Accelerator {
             Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
             // Page tables of five levels only make each walk longer.
             Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
+            Self::InTurns => &["-accel", "tcg,thread=single", "-cpu", "max,la57=off"],
             Self::Counted => &[
                 "-accel",
                 "tcg,thread=single",
@@ -102,6 +105,7 @@ impl fmt::Display for Accelerator {
         f.write_str(match self {
             Self::Kvm => "KVM",
             Self::Tcg => "TCG (emulated)",
+            Self::InTurns => "TCG (emulated, one CPU at a time)",
             Self::Counted => "TCG (emulated, its clock counts instructions)",
         })
     }

@@ -3,9 +3,9 @@
 //! How a guest's CPUs access its physical memory.
 //!
 //! QEMU's own plugins see each access of a CPU that is emulated. Ours, the crate `pmem-plugin`, counts those to one range,
-//! and answers over a socket in the machine's directory.
+//! or records them, and answers over a socket in the machine's directory.
 
-use super::{crates, value};
+use super::{crates, value, Persistent};
 use crate::progress::Progress;
 use anyhow::{ensure, Result};
 use pmem_trace::Counted;
@@ -29,12 +29,18 @@ pub(super) fn plugin(progress: &Progress) -> Result<PathBuf> {
     }
 }
 
-/// QEMU's arguments.
-pub(super) fn arguments(plugin: &Path) -> [String; 2] {
-    [
-        "-plugin".into(),
-        format!("{},socket={SOCKET}", value(plugin)),
-    ]
+/// QEMU's arguments. With `memory`, which is all that the guest has from the physical address 0 on, the plugin can record.
+pub(super) fn arguments(plugin: &Path, memory: Option<&Persistent>) -> [String; 2] {
+    let mut arguments = format!("{},socket={SOCKET}", value(plugin));
+    if let Some(memory) = memory {
+        arguments += &format!(",ram={}", value(&memory.path()));
+    }
+    ["-plugin".into(), arguments]
+}
+
+/// The file in the machine's directory that recording number `n` is kept in.
+pub(super) fn log(n: u32) -> String {
+    format!("log-{n}")
 }
 
 /// What the guest runs to tell the functions of `counted`.

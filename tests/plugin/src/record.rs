@@ -3,7 +3,8 @@
 //! Stores, write-backs, fences and marks, in the order in which CPUs that take turns execute them.
 
 use pmem_trace::instruction::{effect, Action, Memory, Port};
-use pmem_trace::record::{How, WriteBack, MARK_PORT};
+use pmem_trace::mark::Marks;
+use pmem_trace::record::{How, WriteBack};
 use pmem_trace::{paging, Place, Recorder, Reply, Request};
 use qemu_plugin::error::{Error, Result};
 use qemu_plugin::{
@@ -16,6 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
 static RECORDER: Recorder = Recorder::new();
+
+static MARKS: Marks = Marks::new();
 
 /// The guest's memory, if there is something to record.
 static RAM: OnceLock<File> = OnceLock::new();
@@ -72,8 +75,8 @@ pub fn instrument(instruction: &Instruction<'_>) {
         }),
         Some(Action::WriteBack(how, memory)) => instruction
             .register_execute_callback_flags(move |cpu| write_back(cpu, how, memory), reads),
-        Some(Action::Out(port)) => {
-            instruction.register_execute_callback_flags(move |cpu| out(cpu, port), reads);
+        Some(Action::Out(port, bytes)) => {
+            instruction.register_execute_callback_flags(move |cpu| out(cpu, port, bytes), reads);
         }
     }
 }
@@ -148,18 +151,17 @@ fn physical(address: u64) -> Option<u64> {
     paging::translate(register("cr3")?, register("cr4")?, address, read).ok()
 }
 
-fn out(cpu: VCPUIndex, port: Port) {
+fn out(cpu: VCPUIndex, port: Port, bytes: u8) {
     if !RECORDER.is_recording() {
         return;
     }
     let port = match port {
-        Port::Immediate(port) => port.into(),
-        Port::Dx => register("rdx").map_or(0, |value| value as u16),
+        Port::Immediate(port) => Some(port.into()),
+        Port::Dx => register("rdx").map(|value| value as u16),
     };
-    if port == MARK_PORT {
-        if let Some(value) = register("rax") {
-            RECORDER.mark(cpu, value as u8);
-        }
+    let mark = || MARKS.out(port?, register("rax")? as u32, bytes);
+    if let Some(value) = mark() {
+        RECORDER.mark(cpu, value);
     }
 }
 

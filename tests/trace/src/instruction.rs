@@ -24,8 +24,8 @@ pub enum Action {
     Fence(Fence),
     /// It writes a line back: the one that has this byte.
     WriteBack(WriteBack, Memory),
-    /// It writes `al` to an I/O port.
-    Out(Port),
+    /// It writes so many bytes to an I/O port, the lowest of `rax`.
+    Out(Port, u8),
 }
 
 /// An I/O port.
@@ -119,11 +119,12 @@ fn action(instruction: &Instruction) -> Option<Action> {
         Mnemonic::Clwb => write_back(WriteBack::Clwb),
         Mnemonic::Clflushopt => write_back(WriteBack::Clflushopt),
         Mnemonic::Clflush => write_back(WriteBack::Clflush),
-        Mnemonic::Out if instruction.op1_register() == Register::AL => {
-            Action::Out(match instruction.op0_kind() {
+        Mnemonic::Out => {
+            let port = match instruction.op0_kind() {
                 OpKind::Immediate8 => Port::Immediate(instruction.immediate8()),
                 _ => Port::Dx,
-            })
+            };
+            Action::Out(port, instruction.op1_register().size() as u8)
         }
         _ if is_serializing(instruction) => Action::Fence(Fence::Serializing),
         _ => return None,
@@ -211,12 +212,11 @@ mod tests {
             b"\x66\x90",
             b"\x48\x93",
             b"\x48\x01\x07",
-            // mov rax, cr3; mov cr8, rax; rdmsr; wrmsr; out dx, eax; outsb
+            // mov rax, cr3; mov cr8, rax; rdmsr; wrmsr; outsb
             b"\x0f\x20\xd8",
             b"\x44\x0f\x22\xc0",
             b"\x0f\x32",
             b"\x0f\x30",
-            b"\xef",
             b"\x6e",
             // Nothing, and the beginning of something.
             b"",
@@ -316,11 +316,15 @@ mod tests {
 
     #[test]
     fn ports() {
-        for (bytes, port) in [
-            (&b"\xee"[..], Port::Dx),
-            (b"\xe6\x5e", Port::Immediate(0x5e)),
+        for (bytes, port, len) in [
+            // out dx, al; out dx, ax; out dx, eax; out 0x5e, al
+            (&b"\xee"[..], Port::Dx, 1),
+            (b"\x66\xef", Port::Dx, 2),
+            (b"\xef", Port::Dx, 4),
+            (b"\xe6\x5e", Port::Immediate(0x5e), 1),
         ] {
-            assert_eq!(effect(bytes).action, Some(Action::Out(port)));
+            let out = Action::Out(port, len);
+            assert_eq!(effect(bytes).action, Some(out), "{bytes:02x?}");
         }
     }
 }

@@ -16,7 +16,7 @@
 //! plugin  "done"
 //!
 //! host    "end-record"
-//! plugin  {"recorded":{"events":1234}}
+//! plugin  {"recorded":{"log":"log","events":1234}}
 //! ```
 //!
 //! [`Watcher`] and [`Recorder`] are the plugin's side without QEMU, [`ask`] is the host's. [`record`] is what is recorded,
@@ -27,6 +27,7 @@
 pub mod domain;
 #[cfg(feature = "instruction")]
 pub mod instruction;
+pub mod mark;
 pub mod paging;
 pub mod record;
 mod recorder;
@@ -79,6 +80,8 @@ pub enum Reply {
     Accesses(Accesses),
     /// The file has what was recorded.
     Recorded {
+        /// The file, as it was asked for.
+        log: PathBuf,
         /// How many events.
         events: u64,
     },

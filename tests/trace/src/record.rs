@@ -73,7 +73,7 @@ pub enum Event {
         /// By which instruction.
         kind: Fence,
     },
-    /// A program said where it is, by writing a byte to the I/O port [`MARK_PORT`]. That orders nothing here.
+    /// A program said where it is, see [`crate::mark`]. That orders nothing here.
     Mark {
         /// Which CPU.
         cpu: u32,
@@ -91,9 +91,6 @@ pub enum Event {
         address: u64,
     },
 }
-
-/// The I/O port that programs write marks to.
-pub const MARK_PORT: u16 = 0x5e;
 
 /// How a store gets to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

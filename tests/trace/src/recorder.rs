@@ -7,7 +7,7 @@ use crate::{Reply, Request};
 use std::fs::File;
 use std::io::{self, BufWriter};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +23,7 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Recording {
     range: Range<u64>,
+    log: PathBuf,
     /// Or why the file cannot be written.
     writer: io::Result<Writer<BufWriter<File>>>,
 }
@@ -110,7 +111,7 @@ impl Recorder {
 
     fn write(&self, event: impl FnOnce(&Range<u64>) -> Option<Event>) {
         let mut recording = self.recording();
-        let Some(Recording { range, writer }) = &mut *recording else {
+        let Some(Recording { range, writer, .. }) = &mut *recording else {
             return;
         };
         let (Some(event), Ok(to)) = (event(range), writer.as_mut()) else {
@@ -129,7 +130,7 @@ impl Recorder {
                 Err(error) => Reply::Refused(format!("{}: {error}", log.display())),
             },
             Request::EndRecord => match self.end() {
-                Ok(events) => Reply::Recorded { events },
+                Ok((log, events)) => Reply::Recorded { log, events },
                 Err(error) => Reply::Refused(format!("the log is not whole: {error}")),
             },
             other => Reply::Refused(format!("{other:?} is not for a recorder")),
@@ -150,6 +151,7 @@ impl Recorder {
         let file = BufWriter::with_capacity(1 << 20, File::create_new(log)?);
         *recording = Some(Recording {
             range: start..end,
+            log: log.to_owned(),
             writer: Ok(Writer::new(file, start..end)?),
         });
         self.start.store(start, Ordering::Relaxed);
@@ -157,8 +159,8 @@ impl Recorder {
         Ok(())
     }
 
-    /// Ends the log, and says how many events it has.
-    fn end(&self) -> io::Result<u64> {
+    /// Ends the log, and says which it is and how many events it has.
+    fn end(&self) -> io::Result<(PathBuf, u64)> {
         let mut recording = self.recording();
         self.end.store(0, Ordering::Relaxed);
         self.start.store(0, Ordering::Relaxed);
@@ -168,7 +170,7 @@ impl Recorder {
         let writer = recording.writer?;
         let events = writer.events();
         writer.end()?;
-        Ok(events)
+        Ok((recording.log, events))
     }
 
     fn recording(&self) -> MutexGuard<'_, Option<Recording>> {
@@ -182,7 +184,6 @@ impl Recorder {
 mod tests {
     use super::*;
     use crate::record::Log;
-    use std::path::PathBuf;
     use tempfile::TempDir;
 
     const START: u64 = 0x1_0000_0000;
@@ -265,7 +266,10 @@ mod tests {
         let events = expected.len() as u64;
         assert_eq!(
             recorder.answer(Request::EndRecord),
-            Reply::Recorded { events }
+            Reply::Recorded {
+                log: log.clone(),
+                events
+            }
         );
         assert_eq!(read(&log), expected);
         assert!(!recorder.is_recording());
@@ -337,6 +341,7 @@ mod tests {
         let writer = Writer::new(BufWriter::new(full), START..START + SIZE).unwrap();
         *recorder.recording() = Some(Recording {
             range: START..START + SIZE,
+            log: PathBuf::new(),
             writer: Ok(writer),
         });
         for n in 0..100 {
