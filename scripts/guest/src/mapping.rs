@@ -3,7 +3,7 @@
 //! A shared mapping of a file: the one place in the guest that needs `unsafe`.
 
 use std::arch::asm;
-use std::arch::x86_64::{_mm_clflush, _mm_sfence};
+use std::arch::x86_64::{__cpuid, _mm_clflush, _mm_mfence, _mm_set1_epi64x, _mm_sfence};
 use std::fs::File;
 use std::io;
 use std::ptr::{self, NonNull};
@@ -21,25 +21,58 @@ pub enum Instruction {
     LoadVector,
     /// `movdqu` to memory: 16 bytes.
     StoreVector,
-    /// `movnti`: 8 bytes past the caches.
-    StoreNonTemporal,
+    /// `movbe` to memory: 8 bytes, the highest first.
+    StoreReversed,
+    /// `movnti`: 4 or 8 bytes past the caches.
+    StoreNonTemporal(usize),
+    /// `movntdq`: 16 bytes past the caches. The address is a multiple of 16.
+    StreamVector,
+    /// `vmovntdq`: 32 bytes past the caches. The address is a multiple of 32.
+    StreamLongVector,
+    /// `add` to memory: 8 bytes, read and written.
+    AddUnlocked,
     /// `lock add`: 8 bytes, read and written.
     Add,
+    /// `lock xadd`: 8 bytes, read and written.
+    ExchangeAndAdd,
+    /// `xchg`: 8 bytes, read and written.
+    Exchange,
+    /// `lock cmpxchg`: 8 bytes, which are replaced if they are zeroes.
+    CompareAndExchange,
     /// `rep stosq`: eight times 8 bytes.
     StoreString,
     /// `rep movsb`: 32 single bytes to memory that are elsewhere, on the stack.
     CopyString,
+    /// `clwb`: writes a line back.
+    WriteBack,
+    /// `clflushopt`: writes a line back, and drops it.
+    FlushWeakly,
+    /// `clflush`: as that, in order.
+    Flush,
+    /// `sfence`: no memory.
+    StoreFence,
+    /// `mfence`: no memory.
+    Fence,
+    /// `cpuid`, which serializes: no memory.
+    Serialize,
 }
 
 impl Instruction {
     /// How many bytes are accessed in all, from the address on.
     pub fn len(self) -> usize {
         match self {
-            Self::Load(len) | Self::Store(len) => len,
-            Self::LoadVector | Self::StoreVector => 16,
-            Self::StoreNonTemporal | Self::Add => 8,
+            Self::Load(len) | Self::Store(len) | Self::StoreNonTemporal(len) => len,
+            Self::LoadVector | Self::StoreVector | Self::StreamVector => 16,
+            Self::StoreReversed
+            | Self::AddUnlocked
+            | Self::Add
+            | Self::ExchangeAndAdd
+            | Self::Exchange
+            | Self::CompareAndExchange => 8,
             Self::StoreString => 64,
-            Self::CopyString => 32,
+            Self::StreamLongVector | Self::CopyString => 32,
+            Self::WriteBack | Self::FlushWeakly | Self::Flush => 1,
+            Self::StoreFence | Self::Fence | Self::Serialize => 0,
         }
     }
 }
@@ -100,8 +133,9 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 
-    /// Executes `instruction` on the bytes from `at` on: no other instruction, and not twice.
-    pub fn execute(&mut self, instruction: Instruction, at: usize) -> io::Result<()> {
+    /// Executes `instruction` on the bytes from `at` on: no other instruction, and not twice. What stores, stores the
+    /// lowest bytes of `value`, again and again if it is more than 8.
+    pub fn execute(&mut self, instruction: Instruction, at: usize, value: u64) -> io::Result<()> {
         let bytes = at
             .checked_add(instruction.len())
             .and_then(|end| self.bytes_mut().get_mut(at..end));
@@ -109,9 +143,23 @@ impl Mapping {
             return Err(io::Error::other(format!("{at} is beyond the file's end")));
         };
         let to = bytes.as_mut_ptr();
-        let from = [0x5au8; 32];
-        // SAFETY: All bytes that these access are in `bytes`, which `self` is borrowed for, or in `from`. None needs an
-        // alignment. They change no register that the compiler is not told of, and no stack.
+        let alignment = match instruction {
+            Instruction::StreamVector => 16,
+            Instruction::StreamLongVector => 32,
+            _ => 1,
+        };
+        if to as usize % alignment != 0 {
+            return Err(io::Error::other(format!(
+                "{instruction:?} wants an address that is a multiple of {alignment}"
+            )));
+        }
+        let mut from = [0u8; 32];
+        for word in from.chunks_mut(8) {
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+        // SAFETY: All bytes that these access are in `bytes`, which `self` is borrowed for, or in `from`. Those that
+        // need an alignment have it. They change no register that the compiler is not told of, and no stack. Each x86-64
+        // CPU has them, or Linux kills this process.
         unsafe {
             match instruction {
                 Instruction::Load(1) => {
@@ -127,40 +175,81 @@ impl Mapping {
                     asm!("mov {:r}, [{}]", out(reg) _, in(reg) to, options(nostack))
                 }
                 Instruction::Store(1) => {
-                    asm!("mov [{}], {:l}", in(reg) to, in(reg_abcd) 1u64, options(nostack))
+                    asm!("mov [{}], {:l}", in(reg) to, in(reg_abcd) value, options(nostack))
                 }
                 Instruction::Store(2) => {
-                    asm!("mov [{}], {:x}", in(reg) to, in(reg) 2u64, options(nostack))
+                    asm!("mov [{}], {:x}", in(reg) to, in(reg) value, options(nostack))
                 }
                 Instruction::Store(4) => {
-                    asm!("mov [{}], {:e}", in(reg) to, in(reg) 4u64, options(nostack))
+                    asm!("mov [{}], {:e}", in(reg) to, in(reg) value, options(nostack))
                 }
                 Instruction::Store(8) => {
-                    asm!("mov [{}], {:r}", in(reg) to, in(reg) 8u64, options(nostack))
+                    asm!("mov [{}], {:r}", in(reg) to, in(reg) value, options(nostack))
                 }
-                Instruction::Load(len) | Instruction::Store(len) => {
-                    return Err(io::Error::other(format!("no mov has {len} bytes")))
+                Instruction::StoreReversed => {
+                    asm!("movbe [{}], {}", in(reg) to, in(reg) value, options(nostack))
+                }
+                Instruction::StoreNonTemporal(4) => {
+                    asm!("movnti [{}], {:e}", in(reg) to, in(reg) value, options(nostack))
+                }
+                Instruction::StoreNonTemporal(8) => {
+                    asm!("movnti [{}], {:r}", in(reg) to, in(reg) value, options(nostack))
+                }
+                Instruction::Load(len)
+                | Instruction::Store(len)
+                | Instruction::StoreNonTemporal(len) => {
+                    return Err(io::Error::other(format!("no such mov has {len} bytes")))
                 }
                 Instruction::LoadVector => {
                     asm!("movdqu {}, [{}]", out(xmm_reg) _, in(reg) to, options(nostack))
                 }
                 Instruction::StoreVector => {
-                    asm!("movdqu [{}], {}", in(reg) to, in(xmm_reg) 0f64, options(nostack))
+                    let value = _mm_set1_epi64x(value as i64);
+                    asm!("movdqu [{}], {}", in(reg) to, in(xmm_reg) value, options(nostack))
                 }
-                Instruction::StoreNonTemporal => {
-                    asm!("movnti [{}], {}", in(reg) to, in(reg) 8u64, options(nostack))
+                Instruction::StreamVector => {
+                    let value = _mm_set1_epi64x(value as i64);
+                    asm!("movntdq [{}], {}", in(reg) to, in(xmm_reg) value, options(nostack))
+                }
+                Instruction::StreamLongVector => asm!(
+                    "vmovq xmm0, {1}",
+                    "vpbroadcastq ymm0, xmm0",
+                    "vmovntdq [{0}], ymm0",
+                    "vzeroupper",
+                    in(reg) to, in(reg) value, out("xmm0") _, options(nostack)
+                ),
+                Instruction::AddUnlocked => {
+                    asm!("add [{}], {}", in(reg) to, in(reg) value, options(nostack))
                 }
                 Instruction::Add => {
-                    asm!("lock add [{}], {}", in(reg) to, in(reg) 1u64, options(nostack))
+                    asm!("lock add [{}], {}", in(reg) to, in(reg) value, options(nostack))
                 }
+                Instruction::ExchangeAndAdd => {
+                    asm!("lock xadd [{}], {}", in(reg) to, inout(reg) value => _, options(nostack))
+                }
+                Instruction::Exchange => {
+                    asm!("xchg [{}], {}", in(reg) to, inout(reg) value => _, options(nostack))
+                }
+                Instruction::CompareAndExchange => asm!(
+                    "lock cmpxchg [{}], {}",
+                    in(reg) to, in(reg) value, inout("rax") 0u64 => _, options(nostack)
+                ),
                 Instruction::StoreString => asm!(
                     "rep stosq",
-                    inout("rcx") 8u64 => _, inout("rdi") to => _, in("rax") 3u64, options(nostack)
+                    inout("rcx") 8u64 => _, inout("rdi") to => _, in("rax") value, options(nostack)
                 ),
                 Instruction::CopyString => asm!(
                     "rep movsb",
                     inout("rcx") 32u64 => _, inout("rsi") from.as_ptr() => _, inout("rdi") to => _, options(nostack)
                 ),
+                Instruction::WriteBack => asm!("clwb [{}]", in(reg) to, options(nostack)),
+                Instruction::FlushWeakly => asm!("clflushopt [{}]", in(reg) to, options(nostack)),
+                Instruction::Flush => _mm_clflush(to),
+                Instruction::StoreFence => _mm_sfence(),
+                Instruction::Fence => _mm_mfence(),
+                Instruction::Serialize => {
+                    __cpuid(0);
+                }
             }
         }
         Ok(())

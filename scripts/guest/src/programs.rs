@@ -60,7 +60,9 @@ usage: pmem-guest PROGRAM ...
   mmap-read FILE PAGE               read a page of a mapping
   access FILE BYTES INSTRUCTION@OFFSET*COUNT ...
                                     execute instructions on a mapping: load1 to load8, store1 to store8, load16,
-                                    store16, movnti, add, stosq, movsb
+                                    store16, movbe, movnti, movnti4, movntdq, vmovntdq, add-unlocked, add, xadd, xchg,
+                                    cmpxchg, stosq, movsb, clwb, clflushopt, clflush, sfence, mfence, cpuid;
+                                    mark@BYTE*COUNT says BYTE to a host that records the machine
   mark BYTE                         say BYTE to a host that records the machine
   functions ADDRESS ...             print which of the kernel's functions these are in, a line each
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
@@ -248,10 +250,12 @@ fn verify(data: &[u8], len: usize, seed: u64) -> io::Result<()> {
     }
 }
 
-/// Executes instructions on a mapping of the first `len` bytes, each as often as it says.
+/// Executes instructions on a mapping of the first `len` bytes, each as often as it says. What they store are the numbers
+/// of [`Random`], one for each.
 fn access(path: &str, len: usize, accesses: &[&str]) -> io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     let mut mapping = Mapping::new(&file, len, false)?;
+    let mut values = Random::new(1);
     for access in accesses {
         let parts = access
             .split_once('*')
@@ -261,10 +265,18 @@ fn access(path: &str, len: usize, accesses: &[&str]) -> io::Result<()> {
                 "{access:?} is not INSTRUCTION@OFFSET*COUNT"
             )));
         };
+        let count = number(count)?;
+        if name == "mark" {
+            let (marks, value) = (Marks::open()?, byte(at)?);
+            for _ in 0..count {
+                marks.mark(value)?;
+            }
+            continue;
+        }
         let instruction = instruction(name)?;
         let at = number(at)?;
-        for _ in 0..number(count)? {
-            mapping.execute(instruction, at)?;
+        for _ in 0..count {
+            mapping.execute(instruction, at, values.next())?;
         }
     }
     Ok(())
@@ -274,10 +286,24 @@ fn instruction(name: &str) -> io::Result<Instruction> {
     Ok(match name {
         "load16" => Instruction::LoadVector,
         "store16" => Instruction::StoreVector,
-        "movnti" => Instruction::StoreNonTemporal,
+        "movbe" => Instruction::StoreReversed,
+        "movnti" => Instruction::StoreNonTemporal(8),
+        "movnti4" => Instruction::StoreNonTemporal(4),
+        "movntdq" => Instruction::StreamVector,
+        "vmovntdq" => Instruction::StreamLongVector,
+        "add-unlocked" => Instruction::AddUnlocked,
         "add" => Instruction::Add,
+        "xadd" => Instruction::ExchangeAndAdd,
+        "xchg" => Instruction::Exchange,
+        "cmpxchg" => Instruction::CompareAndExchange,
         "stosq" => Instruction::StoreString,
         "movsb" => Instruction::CopyString,
+        "clwb" => Instruction::WriteBack,
+        "clflushopt" => Instruction::FlushWeakly,
+        "clflush" => Instruction::Flush,
+        "sfence" => Instruction::StoreFence,
+        "mfence" => Instruction::Fence,
+        "cpuid" => Instruction::Serialize,
         _ => match (name.strip_prefix("load"), name.strip_prefix("store")) {
             (Some(len), _) => Instruction::Load(number(len)?),
             (_, Some(len)) => Instruction::Store(number(len)?),

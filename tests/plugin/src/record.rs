@@ -26,6 +26,9 @@ static RAM: OnceLock<File> = OnceLock::new();
 /// The CPUs' registers, which are the same for all.
 static REGISTERS: OnceLock<BTreeMap<String, RegisterDescriptor<'static>>> = OnceLock::new();
 
+/// Bytes of the longest instruction.
+const LONGEST: usize = 15;
+
 /// The smallest page.
 const PAGE: u64 = 4096;
 
@@ -59,7 +62,9 @@ pub fn instrument(instruction: &Instruction<'_>) {
     if RAM.get().is_none() {
         return;
     }
-    let effect = effect(&instruction.data(), instruction.vaddr());
+    let mut bytes = [0; LONGEST];
+    let len = instruction.read_data(&mut bytes);
+    let effect = effect(&bytes[..len.min(LONGEST)], instruction.vaddr());
     let how = effect.stores;
     instruction.register_memory_access_callback(
         move |cpu, access, address| store(cpu, &access, address, how),

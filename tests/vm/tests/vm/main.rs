@@ -18,6 +18,7 @@ mod media;
 mod memmap;
 mod params;
 mod power;
+mod record;
 mod stack;
 mod stock;
 mod suspend;
