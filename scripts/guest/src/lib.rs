@@ -16,6 +16,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod script;
+
 use base64::engine::general_purpose::STANDARD;
 use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

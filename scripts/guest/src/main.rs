@@ -13,6 +13,7 @@ mod mapping;
 mod mark;
 mod pci;
 mod programs;
+mod steps;
 mod timing;
 mod virtio;
 mod window;

@@ -6,9 +6,13 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, _mm_clflush, _mm_mfence, _mm_set1_epi64x, _mm_sfence};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
 
 use rustix::mm::{madvise, mmap, msync, munmap, Advice, MapFlags, MsyncFlags, ProtFlags};
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// An instruction that accesses memory, with how many bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -282,7 +286,14 @@ impl Mapping {
     /// Makes all stores durable as an application of persistent memory does: by writing cache lines
     /// back, without a system call. For mappings with `MAP_SYNC`.
     pub fn persist(&mut self) {
-        for line in self.bytes_mut().chunks_mut(64) {
+        self.persist_range(0..self.len);
+    }
+
+    /// As [`Mapping::persist`], of these bytes alone.
+    pub fn persist_range(&mut self, range: Range<usize>) {
+        // The mapping begins with a line.
+        let start = range.start / LINE * LINE;
+        for line in self.bytes_mut()[start..range.end].chunks_mut(LINE) {
             // SAFETY: Every x86-64 CPU has the instruction, and the line is mapped.
             unsafe { _mm_clflush(line.as_ptr()) };
         }

@@ -19,6 +19,7 @@ use crate::direct;
 use crate::mapping::{Instruction, Mapping};
 use crate::mark::Marks;
 use crate::pci;
+use crate::steps;
 use crate::timing;
 use crate::virtio;
 use crate::window;
@@ -68,6 +69,8 @@ usage: pmem-guest PROGRAM ...
   poison FILE PAGE                  say that the memory of a page of a mapping has failed
   read-pages FILE                   print which pages of 4 KiB cannot be read by read(2)
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
+  script FILE [marks]               do the steps in FILE, and tell a recorder where it is
+  tree DIR                          print all files of DIR, as JSON
   slot-pull PORT                    pull out what is in the slot behind a PCIe port of QEMU's
   virtio-status PCI-DEVICE          print the status of a virtio device
   virtio-set PCI-DEVICE FIELD=VALUE ...
@@ -180,6 +183,9 @@ pub fn run(args: &[String]) -> io::Result<()> {
                 .open(disk)?;
             unreadable(&disk, 512, number(count)?)
         }
+        ["script", file] => steps::run(file, false),
+        ["script", file, "marks"] => steps::run(file, true),
+        ["tree", dir] => steps::tree(dir),
         ["slot-pull", port] => pci::pull(port),
         ["virtio-status", device] => virtio::status(device),
         ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
