@@ -7,7 +7,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use xtask::{bench, build, clean, run, test, vm_cmd};
+use xtask::{bench, build, clean, crash, run, test, vm_cmd};
 
 /// Builds, boots, tests and measures the pmem driver.
 #[derive(Parser)]
@@ -36,6 +36,8 @@ enum Cmd {
     Vm(vm_cmd::Args),
     /// Measure, side by side with the kernel's own drivers.
     Bench(bench::Args),
+    /// Look for what a power failure at any moment could lose.
+    Crash(crash::Args),
     /// Remove what was built.
     Clean(clean::Args),
 }
@@ -60,6 +62,7 @@ fn dispatch(command: &Cmd) -> Result<ExitCode> {
         Cmd::Test(args) => return test::run(args),
         Cmd::Vm(args) => vm_cmd::run(args)?,
         Cmd::Bench(args) => bench::run(args)?,
+        Cmd::Crash(args) => return crash::run(args),
         Cmd::Clean(args) => clean::run(args)?,
     }
     Ok(ExitCode::SUCCESS)

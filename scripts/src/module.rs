@@ -10,7 +10,7 @@ use crate::root::Root;
 use crate::{cache, exec, repo};
 use anyhow::{bail, Context, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// About how many lines a build prints.
 const LINES: u64 = 10;
@@ -24,12 +24,24 @@ pub struct Module {
 
 /// Builds the module for `kernel`.
 pub fn build(kernel: &Kernel, root: &Root, progress: &Progress) -> Result<Module> {
-    make(kernel, root, progress, Check::No)
+    make(kernel, root, progress, Check::No, repo::dir(), "")
+}
+
+/// As [`build`], from other sources, below cargo's target directory. Each `name` of such has a build directory of its
+/// own.
+pub fn build_tree(
+    kernel: &Kernel,
+    root: &Root,
+    progress: &Progress,
+    tree: &Path,
+    name: &str,
+) -> Result<Module> {
+    make(kernel, root, progress, Check::No, tree, &format!("-{name}"))
 }
 
 /// Builds the module with clippy, as Kbuild does with `CLIPPY=1`. Warnings are errors, of compilers and of modpost.
 pub fn clippy(kernel: &Kernel, root: &Root, progress: &Progress) -> Result<()> {
-    make(kernel, root, progress, Check::Clippy).map(drop)
+    make(kernel, root, progress, Check::Clippy, repo::dir(), "").map(drop)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +50,19 @@ enum Check {
     Clippy,
 }
 
-fn make(kernel: &Kernel, root: &Root, progress: &Progress, check: Check) -> Result<Module> {
+fn make(
+    kernel: &Kernel,
+    root: &Root,
+    progress: &Progress,
+    check: Check,
+    tree: &Path,
+    which: &str,
+) -> Result<Module> {
     let (suffix, title) = match check {
         Check::No => ("", "build"),
         Check::Clippy => ("-clippy", "clippy"),
     };
-    let name = format!("{}{suffix}", kernel.name());
+    let name = format!("{}{which}{suffix}", kernel.name());
     let _lock = cache::Lock::take(&format!("module-{name}"), progress)?;
     let out = repo::target().join("kbuild").join(&name);
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
@@ -52,7 +71,7 @@ fn make(kernel: &Kernel, root: &Root, progress: &Progress, check: Check) -> Resu
     let step = progress.count(&format!("{title} pmem.ko for {}", kernel.release), LINES);
     let mut command = kernel.make(root);
     command
-        .arg(format!("M={}", repo::dir().display()))
+        .arg(format!("M={}", tree.display()))
         .arg(format!("MO={}", out.display()));
     if check == Check::Clippy {
         command.args(["CLIPPY=1", "W=e"]);
