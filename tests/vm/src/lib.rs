@@ -21,7 +21,8 @@ use xtask::vm::{Builder, Setup, Vm, PMEM_KO};
 
 pub use xtask::vm::{End, Persistent, Random, Use, GIB, MIB, UPPER};
 
-static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::plain);
+/// Where steps are shown.
+pub static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::plain);
 
 /// The kernel and the module, found once.
 pub fn setup(flavour: Flavour) -> Result<&'static Setup> {
@@ -77,14 +78,24 @@ pub fn wanted(flavour: Flavour) -> Result<bool> {
     Ok(wanted)
 }
 
-/// A machine for tests that any kernel will do for: the first one that loads the driver as a module, Debian's for
-/// virtual machines unless `PMEM_FLAVOURS` says otherwise.
-pub fn stock() -> Result<Builder<'static>> {
-    let flavour = flavours()?
+/// The kernel of tests that any will do for: the first one that loads the driver as a module, Debian's for virtual
+/// machines unless `PMEM_FLAVOURS` says otherwise.
+pub fn flavour() -> Result<Flavour> {
+    let loads = flavours()?
         .into_iter()
-        .find(|&flavour| flavour != Flavour::Builtin)
-        .unwrap_or(Flavour::Cloud);
-    Ok(machine(flavour)?.module("ext4"))
+        .find(|&flavour| flavour != Flavour::Builtin);
+    Ok(loads.unwrap_or(Flavour::Cloud))
+}
+
+/// A machine with the kernel of [`flavour`].
+pub fn stock() -> Result<Builder<'static>> {
+    Ok(machine(flavour()?)?.module("ext4"))
+}
+
+/// Does what boots machines by itself, one at a time, when there may be one more.
+pub fn alone<T>(body: impl FnOnce() -> T) -> T {
+    let _permit = Permit::take();
+    body()
 }
 
 /// A machine with one of Debian's kernels, which have what ours lack; none if `PMEM_FLAVOURS` names neither.

@@ -4,6 +4,7 @@
 
 mod builtin;
 mod cache;
+mod crash;
 mod dax;
 mod disks;
 mod e820;
