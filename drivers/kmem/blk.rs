@@ -176,6 +176,8 @@ impl Format for Blk {
                 limits.atomic_write_unit = PAGE_SIZE as u32;
             }
         }
+        // Nothing must fail once the disk was shown, see `Prepared::add()`.
+        let running = KBox::<Running>::new_uninit(GFP_KERNEL)?;
         // Fewer than the pages of the range.
         let capacity = Sector::containing(layout.blocks().wrapping_mul(PAGE_SIZE));
         let disk = Prepared::new(
@@ -187,7 +189,8 @@ impl Format for Blk {
             None,
         )?
         .add()?;
-        Ok(KBox::new(Running { pool, disk }, GFP_KERNEL)?)
+        let running: KBox<Running> = KBox::write(running, Running { pool, disk });
+        Ok(running)
     }
 }
 
