@@ -75,18 +75,11 @@ impl daxbus::Driver for Driver {
             self.format,
             self.force.load(Relaxed),
         )?;
+        let bound = KBox::new(Bound(Range::device(&range)?), GFP_KERNEL)?;
         range.online()?;
         self.force.store(false, Relaxed);
-        // From here on the range must not be dropped unless it can be unplugged.
-        match attribute::Device::new(range.name(), range.clone())
-            .and_then(|device| Ok(KBox::new(Bound(device), GFP_KERNEL)?))
-        {
-            Ok(bound) => Ok(bound),
-            Err(error) => {
-                range.leave();
-                Err(error)
-            }
-        }
+        range.admit();
+        Ok(bound)
     }
 
     fn remove(&self, bound: Self::Data) {

@@ -243,6 +243,8 @@ struct Setting {
 /// Ranges that are claimed, and in order as far as can be seen.
 pub(crate) struct Prepared {
     ranges: KVec<Arc<Range>>,
+    /// Room for a device for each of them.
+    devices: KVec<attribute::Device<Range>>,
     #[cfg(PMEM_DAX_BUS)]
     driver: Option<instance::Driver>,
 }
@@ -291,6 +293,7 @@ pub(crate) fn prepare() -> Result<Prepared> {
     }
     let mut prepared = Prepared {
         ranges: KVec::new(),
+        devices: KVec::new(),
         #[cfg(PMEM_DAX_BUS)]
         driver: None,
     };
@@ -316,6 +319,9 @@ pub(crate) fn prepare() -> Result<Prepared> {
         let range = Range::new(&shared, range::claim(range)?, format, config.force())?;
         prepared.ranges.push(range, GFP_KERNEL)?;
     }
+    prepared
+        .devices
+        .reserve(prepared.ranges.len(), GFP_KERNEL)?;
     #[cfg(PMEM_DAX_BUS)]
     if dax {
         prepared.driver = Some(instance::Driver {
@@ -347,13 +353,13 @@ impl Prepared {
     ///
     /// That of the first range, which is logged.
     pub(crate) fn online(self, mut committed: bool) -> Result<Kmem> {
-        let mut devices = KVec::new();
-        if let Err(error) = devices.reserve(self.ranges.len(), GFP_KERNEL) {
-            if !committed {
-                return Err(error.into());
-            }
-        }
+        let mut devices = self.devices;
         for range in self.ranges {
+            let device = match Range::device(&range) {
+                Ok(device) => device,
+                Err(_) if committed => continue,
+                Err(error) => return Err(error),
+            };
             match range.online() {
                 Ok(()) => committed = true,
                 // What could not be served may have become memory that cannot be removed.
@@ -361,17 +367,9 @@ impl Prepared {
                 // To a loader, EEXIST means that the module is loaded already.
                 Err(error) => return Err(if error == EEXIST { EBUSY } else { error }),
             }
-            match attribute::Device::new(range.name(), range.clone()) {
-                // There is room for all of them.
-                Ok(device) => {
-                    let _ = devices.push_within_capacity(device);
-                }
-                Err(error) => pr_err!(
-                    "{}: no attributes, so that its state cannot be changed ({:?})\n",
-                    range.name(),
-                    error
-                ),
-            }
+            range.admit();
+            // There is room for all of them.
+            let _ = devices.push_within_capacity(device);
         }
         Ok(Kmem {
             #[cfg(PMEM_DAX_BUS)]
@@ -435,7 +433,11 @@ mod tests {
         let start = size::parse(text).map_err(|_| EINVAL)?;
         let range = PhysRange::new(start, hotplug::memory_block_size()).map_err(|_| EINVAL)?;
         let force = kind.is_some();
-        Range::new(&shared()?, range::claim(range)?, kind, force).map(Some)
+        let range = Range::new(&shared()?, range::claim(range)?, kind, force)?;
+        // Not before it is said that it may.
+        assert_eq!(range.store(STATE, "online"), Err(EBUSY));
+        range.admit();
+        Ok(Some(range))
     }
 
     fn shows(range: &Range, index: usize, text: &str) -> Result<bool> {

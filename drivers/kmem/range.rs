@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     kapi::{
-        attribute::Attributes,
+        attribute::{
+            self,
+            Attributes, //
+        },
         hotplug::{
             self,
             Memory,
@@ -59,6 +62,10 @@ use kernel::{
     prelude::*,
     str::CString,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex,
         MutexGuard, //
@@ -170,6 +177,8 @@ pub(super) struct Range {
     setting: Setting,
     #[pin]
     state: Mutex<Inner>,
+    /// Whether users may change the state.
+    admits: Atomic<bool>,
     _node: NodeClaim,
 }
 
@@ -229,6 +238,7 @@ impl Range {
                     memory: Some(memory),
                     force,
                 }),
+                admits: Atomic::new(false),
                 _node: node_claim,
             }),
             GFP_KERNEL,
@@ -238,6 +248,27 @@ impl Range {
     /// `kmem<node>`.
     pub(super) fn name(&self) -> &CStr {
         &self.setting.name
+    }
+
+    /// Makes a device for the attributes of `range`, which says no to who writes to them until
+    /// [`admit`](Self::admit). It comes before the range is memory, which cannot go without one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`attribute::Device::new`], which are logged.
+    pub(super) fn device(range: &Arc<Self>) -> Result<attribute::Device<Self>> {
+        attribute::Device::new(range.name(), range.clone()).inspect_err(|error| {
+            pr_err!(
+                "{}: left alone, as there can be no attributes of it ({:?})\n",
+                range.name(),
+                error
+            )
+        })
+    }
+
+    /// Lets users change the state from now on. Before, whoever has made the range may yet drop it.
+    pub(super) fn admit(&self) {
+        self.admits.store(true, Relaxed);
     }
 
     /// The state, if nobody else is changing it, which may take long.
@@ -681,6 +712,9 @@ impl Attributes for Range {
     }
 
     fn store(&self, index: usize, value: &str) -> Result {
+        if !self.admits.load(Relaxed) {
+            return Err(EBUSY);
+        }
         match (index, value) {
             (0, "online") => self.online(),
             (0, "offline") => self.offline(),
