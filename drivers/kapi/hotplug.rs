@@ -212,6 +212,7 @@ impl Memory {
     /// - `EEXIST`: it is added already.
     /// - `EBUSY`: another driver, such as virtio-mem, has the system's page callback.
     /// - `EAGAIN`: added memory does not go online by itself, or not all of it did.
+    /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`.
     pub(crate) fn plug(
         &mut self,
@@ -399,7 +400,7 @@ impl ModuleUse {
             // INVARIANT: Just got.
             Ok(ModuleUse(module))
         } else {
-            Err(EBUSY)
+            Err(ENODEV)
         }
     }
 }

@@ -289,6 +289,7 @@ impl Range {
     /// - `EBUSY`: another driver has the system's page callback.
     /// - `EAGAIN`: added memory does not go online.
     /// - `EEXIST`: the name of the disk is taken.
+    /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`.
     pub(super) fn online(&self) -> Result {
         let mut state = self.lock()?;
@@ -663,6 +664,7 @@ impl Range {
                 "{}: added memory stays offline; write online_movable to /sys/devices/system/memory/auto_online_blocks\n",
                 name
             ),
+            ENODEV => pr_info!("{}: the driver is being unloaded\n", name),
             ENOMEM => pr_err!(
                 "{}: not enough memory; struct pages take 1/64 of its size in RAM\n",
                 name
