@@ -40,6 +40,14 @@ impl Flavour {
         }
     }
 
+    /// How many times as long as in the others things take in it.
+    pub fn slowness(self) -> u32 {
+        match self {
+            Flavour::Debug => 10,
+            _ => 1,
+        }
+    }
+
     /// Whether Debian built it.
     pub fn is_stock(self) -> bool {
         matches!(self, Flavour::Cloud | Flavour::Amd64)

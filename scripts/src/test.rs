@@ -23,6 +23,9 @@ use walkdir::WalkDir;
 /// Says to the VM tests which kernels to boot: names of flavours, separated by commas.
 pub const FLAVOURS_VARIABLE: &str = "PMEM_FLAVOURS";
 
+/// Says to the VM tests for how many minutes to soak.
+pub const SOAK_VARIABLE: &str = "PMEM_SOAK";
+
 /// The kernels that the VM tests boot.
 const FLAVOURS: [Flavour; 4] = [
     Flavour::Cloud,
@@ -46,6 +49,15 @@ pub struct Args {
     /// Build and boot this kernel alone; may be given again.
     #[arg(long, value_enum)]
     flavour: Vec<Flavour>,
+
+    /// Look for faults that no result shows: boot the kernel with KASAN, lockdep, kmemleak and fault injection, and run
+    /// KUnit and the VM tests in it. It takes hours where VMs are emulated.
+    #[arg(long, conflicts_with = "flavour")]
+    debug: bool,
+
+    /// Write and verify for so long, and nothing else: files, disks, RAM and storage at once, while memory is short.
+    #[arg(long, value_name = "MINUTES", conflicts_with_all = ["filter", "only"])]
+    soak: Option<u32>,
 
     /// How many VMs to run at once. One for each CPU and 8 at most, unless told otherwise.
     #[arg(long, short, value_parser = clap::value_parser!(u16).range(1..))]
@@ -134,8 +146,14 @@ struct Suite<'a> {
 
 impl Suite<'_> {
     fn stages(&self) -> Vec<Stage> {
-        if !self.args.only.is_empty() {
+        if self.args.soak.is_some() {
+            vec![Stage::Vm]
+        } else if !self.args.only.is_empty() {
             self.args.only.clone()
+        } else if self.args.debug && self.args.filter.is_some() {
+            vec![Stage::Vm]
+        } else if self.args.debug {
+            vec![Stage::Build, Stage::Kunit, Stage::Vm]
         } else if self.args.filter.is_some() {
             vec![Stage::Host, Stage::Vm]
         } else {
@@ -145,6 +163,7 @@ impl Suite<'_> {
 
     fn flavours(&self) -> &[Flavour] {
         match self.args.flavour.as_slice() {
+            [] if self.args.debug => &[Flavour::Debug],
             [] => &FLAVOURS,
             chosen => chosen,
         }
@@ -270,11 +289,15 @@ impl Suite<'_> {
 
     /// Loads the module in a kernel with KUnit, and has the log read by the kernel's own parser.
     fn kunit(&self, tally: &mut Tally) -> Result<()> {
-        let setup = Setup::new(Flavour::Test, &self.progress)?;
+        let flavour = match self.args.debug {
+            true => Flavour::Debug,
+            false => Flavour::Test,
+        };
+        let setup = Setup::new(flavour, &self.progress)?;
         let mut vm = setup
             .vm(&self.progress)
             .name("kunit")
-            .cmdline("memhp_default_state=online_movable")
+            .cmdline("memhp_default_state=online_movable kunit.enable=1")
             .start()?;
         vm.keep_console();
         let parameters = "pmem_start=4G pmem_size=64M pmem_kunit_start=0x110000000 \
@@ -332,8 +355,13 @@ impl Suite<'_> {
         let mut test = cargo("test");
         test.args(["--package", VM_TESTS, "--no-fail-fast"])
             .args(&self.args.filter)
+            .args(self.args.soak.map(|_| SOAK))
             .args(["--", "--test-threads", &jobs.to_string()])
             .env(FLAVOURS_VARIABLE, flavours.join(","));
+        if let Some(minutes) = self.args.soak {
+            test.args(["--nocapture"])
+                .env(SOAK_VARIABLE, minutes.to_string());
+        }
         count(&mut test, tally)
     }
 
@@ -348,6 +376,9 @@ impl Suite<'_> {
 
 /// How long all suites may take, which run while the module is loaded: one of them waits for half a minute.
 const SUITES: Duration = Duration::from_secs(400);
+
+/// The VM test that soaks.
+const SOAK: &str = "soak::soak";
 
 /// The package of the VM tests.
 const VM_TESTS: &str = "vm-tests";

@@ -77,6 +77,14 @@ const COMMAND: Duration = Duration::from_secs(120);
 /// What an answer may take beyond what was asked for.
 const SLACK: Duration = Duration::from_secs(30);
 
+/// Says how many times as long as usual everything may take, on a host that has much else to do.
+const PATIENCE: &str = "PMEM_PATIENCE";
+
+/// What a kernel with sanitizers is told: how long it may be slow before it complains, as emulated on a busy host it
+/// looks as if it hung, and not to run all KUnit suites at boot and at each load, which takes it longer than most tests.
+const PATIENT: &str = "kunit.enable=0 watchdog_thresh=60 workqueue.watchdog_thresh=300 rcupdate.rcu_cpu_stall_timeout=300 \
+                       sysctl.kernel.hung_task_timeout_secs=900";
+
 /// Memory that a host gives without looking whether it has as much. What is more is given as it is touched.
 const PROMISED: u64 = 4 * GIB;
 
@@ -369,6 +377,14 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// How many times as long as usual everything may take.
+    fn slowness(&self) -> u32 {
+        let patience = std::env::var(PATIENCE).ok();
+        let patience: u32 = patience.and_then(|text| text.parse().ok()).unwrap_or(1);
+        let flavour = self.kernel.flavour.map_or(1, Flavour::slowness);
+        flavour.saturating_mul(patience.max(1))
+    }
+
     /// The kernel's command line.
     fn command_line(&self) -> String {
         let mut line = vec![
@@ -377,6 +393,9 @@ impl<'a> Builder<'a> {
             // A busy host may be late with the ticks that the kernel counts at boot, and panics without.
             "no_timer_check".to_owned(),
         ];
+        if self.kernel.flavour.map_or(1, Flavour::slowness) > 1 {
+            line.push(PATIENT.to_owned());
+        }
         match &self.ranges {
             Some(ranges) => {
                 line.extend(
@@ -608,13 +627,14 @@ impl<'a> Builder<'a> {
             channel: Mutex::new(Some(Channel::new(to, from))),
             monitor: Mutex::default(),
             places: bar::Places::new(&self.pci, self.virtio.len()),
+            slowness: self.slowness(),
             dir: Some(dir),
             _memory: memory,
             recordings: AtomicU32::new(0),
             kept: None,
             modules: modules.iter().map(Module::path).collect(),
         };
-        let vm = vm.booted(started, self.boot_timeout)?;
+        let vm = vm.booted(started, self.boot_timeout * self.slowness())?;
         if self.has_monitor() {
             // At once: QEMU tells no news to who comes late.
             let monitor = Monitor::connect(&path)?;
@@ -642,6 +662,8 @@ pub struct Vm {
     /// `None` without devices that can come and go.
     monitor: Mutex<Option<Monitor>>,
     places: bar::Places,
+    /// How many times as long as usual everything may take.
+    slowness: u32,
     dir: Option<TempDir>,
     /// Its ordinary memory, if that is a file.
     _memory: Option<Persistent>,
@@ -698,7 +720,7 @@ impl Vm {
     pub fn into_next_kernel(&self, script: &str) -> Result<()> {
         let run = Run {
             argv: ["sh", "-e", "-c", script].map(str::to_owned).into(),
-            timeout_ms: COMMAND.as_millis() as u64,
+            timeout_ms: (COMMAND * self.slowness).as_millis() as u64,
             ..Run::default()
         };
         if let Some(channel) = self.line().as_mut() {
@@ -708,7 +730,7 @@ impl Vm {
                 request: Request::Run(run),
             })?;
         }
-        self.ready(script, BOOT + COMMAND)?;
+        self.ready(script, (BOOT + COMMAND) * self.slowness)?;
         self.load_modules()
     }
 
@@ -737,6 +759,7 @@ impl Vm {
     }
 
     fn ask(&self, request: Request, timeout: Duration) -> Result<Result<Reply, Errno>> {
+        let timeout = timeout * self.slowness;
         let what = match &request {
             Request::Run(run) => run.argv.last().cloned().unwrap_or_default(),
             Request::Insmod { path, params } => format!("insmod {path} {params}"),
@@ -782,11 +805,11 @@ impl Vm {
         self.run_for(argv, COMMAND)
     }
 
-    /// Runs a program in the guest, and kills it after `timeout`.
+    /// Runs a program in the guest, and kills it after `timeout`, or after more if its kernel is slow.
     pub fn run_for(&self, argv: &[&str], timeout: Duration) -> Result<Ran> {
         let run = Run {
             argv: argv.iter().map(|&arg| arg.to_owned()).collect(),
-            timeout_ms: timeout.as_millis() as u64,
+            timeout_ms: (timeout * self.slowness).as_millis() as u64,
             ..Run::default()
         };
         match self.ask(Request::Run(run), timeout + SLACK)?? {
@@ -812,7 +835,9 @@ impl Vm {
             End::Exit(0) => return Ok(ran.stdout),
             End::Exit(code) => format!("exited with {code}"),
             End::Signal(signal) => format!("was killed by signal {signal}"),
-            End::Timeout => format!("was killed after {} s", timeout.as_secs()),
+            End::Timeout => {
+                format!("was killed after {} s", (timeout * self.slowness).as_secs())
+            }
         };
         bail!(
             "{}: in the guest, this {how}:\n    {}\nIt wrote:\n{}\nand to standard error:\n{}\n{}",
@@ -924,7 +949,7 @@ impl Vm {
     }
 
     fn wait_until_gone(&self, device: &Pluggable, timeout: Duration) -> Result<()> {
-        self.monitor(|monitor| monitor.wait_until_gone(device, timeout))
+        self.monitor(|monitor| monitor.wait_until_gone(device, timeout * self.slowness))
     }
 
     /// Plugs BAR number `n` in, which the guest notices by and by.
@@ -1120,6 +1145,11 @@ impl Vm {
         };
         let bytes = fs::read(dir.path().join(name)).unwrap_or_default();
         String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    /// Of `log`, a part of the kernel's log, the lines in which the kernel complains of something.
+    pub fn complaints_in(log: &str) -> Vec<String> {
+        console::complaints(log)
     }
 
     /// What the kernel complained of: warnings, oopses, reports of the sanitizers and of lockdep.

@@ -9,6 +9,7 @@
 mod agent;
 mod aligned;
 mod direct;
+mod faults;
 mod mapping;
 mod mark;
 mod pci;

@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::aligned::Aligned;
 use crate::direct;
+use crate::faults;
 use crate::mapping::{Instruction, Mapping};
 use crate::mark::Marks;
 use crate::pci;
@@ -71,6 +72,11 @@ usage: pmem-guest PROGRAM ...
   read-sectors DISK COUNT           print which of the first sectors cannot be read with O_DIRECT
   script FILE [marks]               do the steps in FILE, and tell a recorder where it is
   tree DIR                          print all files of DIR, as JSON
+  fail-nth N CALL ...               have the Nth allocation of a system call fail, and print whether there was one and the
+                                    call's error, as JSON. Calls: insmod FILE PARAMETERS, rmmod NAME, write FILE TEXT,
+                                    read FILE, disk-write DISK OFFSET BYTES SEED, disk-read DISK OFFSET BYTES SEED,
+                                    disk-discard DISK OFFSET BYTES, disk-sync DISK, mount DISK DIR TYPE OPTIONS,
+                                    umount DIR
   slot-pull PORT                    pull out what is in the slot behind a PCIe port of QEMU's
   virtio-status PCI-DEVICE          print the status of a virtio device
   virtio-set PCI-DEVICE FIELD=VALUE ...
@@ -186,6 +192,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["script", file] => steps::run(file, false),
         ["script", file, "marks"] => steps::run(file, true),
         ["tree", dir] => steps::tree(dir),
+        ["fail-nth", nth, call @ ..] => faults::fail_nth(number(nth)?, call),
         ["slot-pull", port] => pci::pull(port),
         ["virtio-status", device] => virtio::status(device),
         ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
