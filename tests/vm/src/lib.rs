@@ -14,6 +14,7 @@ use anyhow::{ensure, Context, Error, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 use xtask::flavour::Flavour;
 use xtask::progress::Progress;
 use xtask::test::FLAVOURS_VARIABLE;
@@ -112,11 +113,15 @@ pub fn debian() -> Result<Option<Builder<'static>>> {
 ///
 /// # Errors
 ///
-/// `body`'s, or what the kernel complained of, with where the console is kept.
+/// `body`'s, or what the kernel complained of or has leaked, with where the console is kept.
 pub fn boot(machine: Builder<'_>, body: impl FnOnce(&Vm) -> Result<()>) -> Result<()> {
     boot_dirty(machine, |vm| {
         body(vm)?;
-        vm.check_clean()
+        vm.check_clean()?;
+        match vm.kernel().ends_with("-debug") {
+            true => check_leaks(vm),
+            false => Ok(()),
+        }
     })
 }
 
@@ -214,6 +219,24 @@ pub fn free_pages(vm: &Vm) -> Result<u64> {
 pub fn free(vm: &Vm) -> Result<u64> {
     vm.sh("sync; echo 3 >/proc/sys/vm/drop_caches; sleep 1")?;
     Ok(free_pages(vm)? * 4096)
+}
+
+/// Where a kernel tells of memory that nobody has a pointer to any more; the debug kernel does.
+const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+
+/// Fails if memory of the kernel's has leaked, as far as the kernel can tell. Takes it half a minute or more.
+///
+/// It does not report what is younger than five seconds, nor what has changed since it last looked.
+pub fn check_leaks(vm: &Vm) -> Result<()> {
+    let script = format!(
+        "test -e {KMEMLEAK} || exit 0; sleep 5; echo scan >{KMEMLEAK}; echo scan >{KMEMLEAK}; cat {KMEMLEAK}"
+    );
+    let report = vm.sh_for(&script, Duration::from_secs(300))?;
+    ensure!(
+        report.is_empty(),
+        "memory of the kernel's has leaked:\n{report}"
+    );
+    Ok(())
 }
 
 /// What the driver has logged, without times and the prefix.

@@ -21,7 +21,7 @@ use xtask::vm::{Builder, Vm};
 const DRIVER: &str = "/sys/bus/pci/drivers/iopmem";
 
 /// The identity of QEMU's devices, as `new_id` takes it.
-const ID: &str = "1af4 1110";
+pub(super) const ID: &str = "1af4 1110";
 
 /// The BAR of them that is memory.
 const BAR: usize = 2;

@@ -34,7 +34,7 @@ const SPARE: u64 = 256;
 const BLOCKS: u64 = PAGES - 2 - INDEX - SPARE;
 
 /// Where the attributes of the range are.
-const DEVICE: &str = "/sys/devices/faux/kmem1";
+pub(super) const DEVICE: &str = "/sys/devices/faux/kmem1";
 
 /// What chooses all that is random; by default the time.
 const SEED: &str = "PMEM_SEED";
@@ -73,7 +73,7 @@ impl Random {
 
 /// Lets memory that is added be for what can be moved away again. By default it would serve the kernel's own objects
 /// as well, and could not be taken back from those.
-fn prepare(vm: &Vm) -> Result<()> {
+pub(super) fn prepare(vm: &Vm) -> Result<()> {
     vm.write(
         "/sys/devices/system/memory/auto_online_blocks",
         b"online_movable",
@@ -157,7 +157,7 @@ fn ram(vm: &Vm) -> Result<u64> {
 }
 
 /// A group of processes for each node, whose memory is of that node alone.
-fn groups(vm: &Vm) -> Result<()> {
+pub(super) fn groups(vm: &Vm) -> Result<()> {
     vm.sh(
         "mkdir -p /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
          echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control

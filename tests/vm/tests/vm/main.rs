@@ -2,6 +2,7 @@
 
 //! Tests that boot a virtual machine and use the driver in it.
 
+mod allocations;
 mod builtin;
 mod cache;
 mod crash;
