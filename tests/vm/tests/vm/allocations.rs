@@ -148,7 +148,7 @@ fn walk(
         refused += u32::from(outcome.failed && outcome.errno != 0);
         let checked = after(&outcome, log);
         let log = format!("{log}{}", vm.dmesg()?);
-        let complaints = Vm::complaints_in(&log);
+        let complaints = complaints(&log);
         let fault = match &checked {
             Err(error) => format!("{nth} failed, {outcome:?}: {error:#}\n{}", who(&log)),
             Ok(()) if complaints.is_empty() => String::new(),
@@ -201,6 +201,26 @@ fn walk(
         faults.join("\n")
     );
     Ok(refused)
+}
+
+/// What the kernel complained of, but for its own warning that it cannot make a new node, as there was no memory: it
+/// then goes on with an error.
+fn complaints(log: &str) -> Vec<String> {
+    const BEGIN: &str = "[ cut here ]";
+    const NODE: &str = " at __add_memory_resource+";
+
+    let mut complaints = Vm::complaints_in(log);
+    if stack(log).any(|frame| frame.starts_with("register_node+")) {
+        while let Some(at) = complaints.iter().position(|line| line.contains(NODE)) {
+            complaints.remove(at);
+            let begin = complaints
+                .iter()
+                .take(at)
+                .rposition(|line| line.contains(BEGIN));
+            begin.map(|at| complaints.remove(at));
+        }
+    }
+    complaints
 }
 
 /// Who asked for the allocation that failed, from the log.
