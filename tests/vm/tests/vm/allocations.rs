@@ -232,7 +232,7 @@ fn stack(log: &str) -> impl Iterator<Item = &str> + Clone {
         .skip_while(|&line| line != "<TASK>")
         .skip(1)
         .take_while(|&line| line != "</TASK>")
-        .filter(|line| !line.starts_with("? "))
+        .filter(|line| line.contains("+0x") && !line.starts_with("? "))
 }
 
 /// Of a log, who asked for the allocation that failed, and what the driver said.
