@@ -2,6 +2,7 @@
 
 //! `cargo xtask bench`: the driver beside the kernel's own.
 
+mod calls;
 pub mod fio;
 mod iopmem;
 mod kmem;
@@ -9,6 +10,7 @@ mod pmem;
 pub mod table;
 mod virtio;
 
+use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::root::Root;
 use crate::vm::{Accelerator, Builder, Setup, Vm};
@@ -43,6 +45,12 @@ pub struct Args {
     /// a part in a hundred.
     #[arg(long, conflicts_with = "seconds")]
     instructions: bool,
+    /// Show the functions of each system call as well, with --table calls.
+    #[arg(long)]
+    profile: bool,
+    /// The kernel of the table calls: Debian's for virtual machines unless told otherwise.
+    #[arg(long, value_enum, default_value_t = Flavour::Cloud)]
+    flavour: Flavour,
     /// Seconds of each measurement.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
@@ -60,6 +68,8 @@ pub struct Args {
 /// The tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Which {
+    /// Single system calls, instruction by instruction: in the driver, in its copy, in all of the kernel.
+    Calls,
     /// Disks of ranges that are storage alone, beside nd_pmem and brd.
     Pmem,
     /// A range that is RAM and storage at once, beside dax/kmem and brd.
@@ -79,6 +89,10 @@ struct Plan {
     counted: bool,
     /// What titles of rows contain.
     only: String,
+    /// The kernel of the table that has any.
+    flavour: Flavour,
+    /// Whether to show functions.
+    profile: bool,
 }
 
 impl Plan {
@@ -150,16 +164,19 @@ pub fn run(args: &Args) -> Result<()> {
         rounds: args.rounds.unwrap_or(if args.instructions { 1 } else { 2 }),
         counted: args.instructions,
         only: args.only.clone().unwrap_or_default(),
+        flavour: args.flavour,
+        profile: args.profile,
     };
     let wanted = |which| args.table.is_empty() || args.table.contains(&which);
     let mut titles = Vec::new();
     let mut any = false;
     for (which, all, measure) in [
         (
-            Which::Pmem,
-            pmem::titles().collect::<Vec<_>>(),
-            pmem::table as fn(&_, &_) -> _,
+            Which::Calls,
+            calls::titles().collect::<Vec<_>>(),
+            calls::table as fn(&_, &_) -> _,
         ),
+        (Which::Pmem, pmem::titles().collect(), pmem::table),
         (Which::Kmem, kmem::titles().collect(), kmem::table),
         (
             Which::Virtio,

@@ -18,6 +18,7 @@
 mod accel;
 mod accesses;
 mod bar;
+mod calls;
 mod channel;
 mod console;
 mod cpio;
@@ -30,10 +31,12 @@ mod virtio;
 mod vmlinux;
 
 pub use accel::Accelerator;
+pub use calls::{Step, SystemCall};
 pub use flushes::{Fault, Flush};
 pub use image::{Image, Module};
 pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
 pub use pmem_guest::{End, Ran, Random};
+pub use pmem_trace::calls::Calls;
 pub use pmem_trace::{Accesses, Counted, Kind, Shape};
 
 use crate::flavour::Flavour;
@@ -87,6 +90,9 @@ const PATIENT: &str = "kunit.enable=0 watchdog_thresh=60 workqueue.watchdog_thre
 
 /// Memory that a host gives without looking whether it has as much. What is more is given as it is touched.
 const PROMISED: u64 = 4 * GIB;
+
+/// Of so many system calls one at least is not disturbed: an interrupt comes at another moment each time.
+const SAME: u64 = 4;
 
 /// The most that is written in one piece.
 const PIECE: usize = 1 << 16;
@@ -143,6 +149,7 @@ pub struct Builder<'a> {
     traced: bool,
     watched: bool,
     recorded: bool,
+    counted: bool,
     faulty: Option<Faulty>,
     ranges: Option<Vec<(Use, u64, u64)>>,
     cpus: u32,
@@ -172,6 +179,7 @@ impl<'a> Builder<'a> {
             traced: false,
             watched: false,
             recorded: false,
+            counted: false,
             faulty: None,
             ranges: None,
             cpus: 2,
@@ -308,6 +316,15 @@ impl<'a> Builder<'a> {
         self.recorded = true;
         self.boot_timeout = self.boot_timeout.max(3 * BOOT);
         self.watch_accesses()
+    }
+
+    /// Has QEMU see what the guest's CPU executes, for [`Vm::count_calls`], instead of how it accesses memory. The guest
+    /// has one CPU then, which is emulated in any case, and takes a few times as long as others.
+    pub fn count_calls(mut self) -> Self {
+        self.counted = true;
+        self.cpus = 1;
+        self.boot_timeout = self.boot_timeout.max(5 * BOOT);
+        self
     }
 
     /// Says what a range of memory is, instead of reserving all from [`UPPER`] on. May be given again.
@@ -532,18 +549,24 @@ impl<'a> Builder<'a> {
             .as_ref()
             .context("this kernel has no image to boot")?;
         let accelerator = match self.accelerator {
-            Some(Accelerator::Kvm) if self.watched => {
-                bail!("accesses to memory can be watched where the guest is emulated, not with KVM")
+            Some(Accelerator::Kvm) if self.watched || self.counted => {
+                bail!("QEMU sees what a guest does where it is emulated, not with KVM")
             }
             Some(Accelerator::Tcg) if self.recorded => Accelerator::InTurns,
             Some(accelerator) => accelerator,
             None if self.recorded => Accelerator::InTurns,
+            // By the clock of such a machine a call takes microseconds, so that few are interrupted.
+            None if self.counted => Accelerator::Counted,
             None if self.watched => Accelerator::Tcg,
             None => Accelerator::choose(self.kernel, self.root, self.progress)?,
         };
-        let plugin = match self.watched {
-            true => Some(accesses::plugin(self.progress)?),
-            false => None,
+        ensure!(
+            !(self.watched && self.counted),
+            "QEMU's plugin sees either accesses to memory or system calls"
+        );
+        let plugin = match (self.watched, self.counted) {
+            (false, false) => None,
+            _ => Some(accesses::plugin(self.progress)?),
         };
         let parent = cache::create()?.join("vm");
         fs::create_dir_all(&parent)
@@ -605,10 +628,16 @@ impl<'a> Builder<'a> {
             enter.command(QEMU)
         };
         if let Some(plugin) = &plugin {
-            qemu.args(accesses::arguments(plugin, memory.as_ref()));
+            qemu.args(match self.counted {
+                true => calls::arguments(plugin),
+                false => accesses::arguments(plugin, memory.as_ref()),
+            });
         }
-        qemu.args(accelerator.arguments())
-            .args(self.arguments(dir.path(), &booted, memory.as_ref()))
+        qemu.args(accelerator.arguments());
+        if self.counted {
+            qemu.args(calls::CPU);
+        }
+        qemu.args(self.arguments(dir.path(), &booted, memory.as_ref()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(dir.path().join("qemu"))?);
@@ -1067,8 +1096,63 @@ impl Vm {
     /// Says in a line for each of `counted` how many there were of what shape, and which function of the kernel's, or
     /// of a module's, which is then in brackets, made them. Of programs, it is the address.
     pub fn explain(&self, counted: &[Counted]) -> Result<String> {
-        let functions = self.sh(&accesses::lookup(counted).join(" "))?;
+        let functions = self.functions(counted.iter().map(|counted| counted.pc))?;
         accesses::explain(counted, &functions)
+    }
+
+    /// What [`accesses::lookup`] writes.
+    fn functions(&self, addresses: impl Iterator<Item = u64>) -> Result<String> {
+        let argv = accesses::lookup(addresses);
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let ran = self.run(&argv)?;
+        ensure!(
+            ran.end == End::Exit(0),
+            "{}: the guest does not tell functions: {}",
+            self.name,
+            ran.stderr
+        );
+        Ok(ran.stdout)
+    }
+
+    /// Runs `script`, which runs `pmem-guest calls`, and says what the kernel executes for such a call. The machine must
+    /// have been started with [`Builder::count_calls`]. Fails if too few calls are the same.
+    pub fn count_calls(&self, script: &str) -> Result<Calls> {
+        use pmem_trace::calls::{self as language, Reply, Request};
+
+        let dir = self.dir.as_ref().context("the machine has gone")?;
+        let socket = dir.path().join(calls::SOCKET);
+        let ask = |request| {
+            language::ask(&socket, request).with_context(|| {
+                format!(
+                    "{}: QEMU does not tell of system calls; it does if the machine has Builder::count_calls",
+                    self.name
+                )
+            })
+        };
+        match ask(Request::Begin)? {
+            Reply::Done => {}
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        }
+        self.sh(script)?;
+        let calls = match ask(Request::Report)? {
+            Reply::Calls(calls) => calls,
+            other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
+        };
+        ensure!(
+            calls.same > 0 && SAME * calls.same >= calls.all,
+            "{}: {script}: of {} calls that QEMU has seen no more than {} are the same",
+            self.name,
+            calls.all,
+            calls.same
+        );
+        Ok(calls)
+    }
+
+    /// Names the functions that `calls` execute, of all of them at once: the guest has many functions to look through.
+    pub fn name_calls(&self, calls: &[Calls]) -> Result<Vec<SystemCall>> {
+        let addresses = calls::addresses(calls);
+        let functions = self.functions(addresses.iter().copied())?;
+        calls::name(calls, &addresses, &functions)
     }
 
     /// Cuts the power: what the guest had not made durable is lost.

@@ -8,6 +8,7 @@
 
 mod agent;
 mod aligned;
+mod calls;
 mod direct;
 mod faults;
 mod mapping;

@@ -15,6 +15,7 @@ use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
 use crate::aligned::Aligned;
+use crate::calls;
 use crate::direct;
 use crate::faults;
 use crate::mapping::{Instruction, Mapping};
@@ -45,6 +46,8 @@ usage: pmem-guest PROGRAM ...
                                     random 4 KiB accesses through a mapping, as JSON
   bench-bar RESOURCE BYTES read|write BLOCK MILLISECONDS
                                     copy blocks at random places of a mapped PCI BAR, word by word, as JSON
+  calls DISK read|write|dsync|fsync BYTES COUNT
+                                    make system calls without the page cache, each marked for QEMU's plugin
   hog BYTES WORD UNTIL              take memory, store WORD everywhere in it, keep it until the file UNTIL is there,
                                     and look whether the WORDs are, too
   compare FILE DISK BYTES           compare the first BYTES of both
@@ -137,6 +140,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
             *op == "write",
             Duration::from_secs(number(seconds)? as u64),
         ),
+        ["calls", disk, op, len, count] => calls::repeat(disk, op, number(len)?, number(count)?),
         ["hog", len, word, until] => hog(number(len)?, number(word)? as u64, until),
         ["compare", file, disk, len] => compare(file, disk, number(len)?),
         ["blocks-begin", log] => writers::blocks_begin(log),
@@ -338,24 +342,20 @@ fn functions(addresses: &[&str]) -> io::Result<()> {
             hexadecimal(text).ok_or_else(wrong)
         })
         .collect::<io::Result<_>>()?;
-    let symbols = std::fs::read_to_string("/proc/kallsyms")?;
-    let mut found: Vec<Option<(u64, &str, Option<&str>)>> = vec![None; addresses.len()];
-    for line in symbols.lines() {
-        let mut fields = line.split_whitespace();
-        let symbol = (|| Some((hexadecimal(fields.next()?)?, fields.next()?, fields.next()?)))();
-        let Some((start, "t" | "T" | "w" | "W", name)) = symbol else {
-            continue;
-        };
-        let module = fields.next();
-        for (&address, found) in addresses.iter().zip(&mut found) {
-            let nearer = found.is_none_or(|(best, ..)| start > best);
-            if address >= KERNEL && address >= start && nearer {
-                *found = Some((start, name, module));
-            }
-        }
-    }
-    for (address, found) in addresses.iter().zip(found) {
-        match found {
+    let text = std::fs::read_to_string("/proc/kallsyms")?;
+    let symbol = |line| -> Option<(u64, &str, Option<&str>)> {
+        let mut fields = str::split_whitespace(line);
+        let (start, kind, name) = (fields.next()?, fields.next()?, fields.next()?);
+        matches!(kind, "t" | "T" | "w" | "W").then_some((hexadecimal(start)?, name, fields.next()))
+    };
+    let mut symbols: Vec<_> = text.lines().filter_map(symbol).collect();
+    // Of several with the same address the first one counts.
+    symbols.sort_by_key(|&(start, ..)| start);
+    symbols.dedup_by_key(|&mut (start, ..)| start);
+    for address in addresses {
+        let after = symbols.partition_point(|&(start, ..)| start <= address);
+        let found = after.checked_sub(1).and_then(|at| symbols.get(at));
+        match found.filter(|_| address >= KERNEL) {
             Some((start, name, None)) => println!("{name}+{:#x}", address - start),
             Some((start, name, Some(module))) => {
                 println!("{name}+{:#x} {module}", address - start);

@@ -130,6 +130,7 @@ fn measured(output: &str) -> Result<Measured> {
         bytes: sum(|direction| direction.io_bytes),
         seconds: runtime as f64 / 1e3,
         cpu_seconds: None,
+        instructions: None,
     })
 }
 
@@ -147,6 +148,7 @@ fn discarded(output: &str, bytes: u64) -> Result<Measured> {
         // It has milliseconds for the job, of which this is one or less.
         seconds: trim.clat_ns.mean / 1e9,
         cpu_seconds: None,
+        instructions: None,
     })
 }
 

@@ -210,6 +210,7 @@ fn mapping(vm: &Vm, mode: &Mode, work: Work, time: Duration) -> Result<Measured>
         seconds: copies.seconds,
         // One thread, and no kernel.
         cpu_seconds: Some(copies.seconds),
+        instructions: None,
     })
 }
 

@@ -368,6 +368,7 @@ impl<'a> Bench<'a> {
                 bytes: self.size as f64,
                 seconds: took.ns as f64 / 1e9,
                 cpu_seconds: Some(took.cpu_ns as f64 / 1e9),
+                instructions: None,
             })
         };
         let mut sum = Measured::default();

@@ -6,7 +6,7 @@ use super::table::{Measured, Row, Unit};
 use super::{fio, Plan, Table};
 use crate::flavour::Flavour;
 use crate::progress::Progress;
-use crate::vm::{Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
+use crate::vm::{Builder, Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
 use anyhow::{ensure, Context, Result};
 use serde::Deserialize;
 use std::time::Duration;
@@ -87,13 +87,13 @@ const ROWS: &[(&str, Unit, Work)] = &[
 ];
 
 /// A driver, and its disk.
-struct Driver {
-    name: &'static str,
-    disk: &'static str,
+pub(super) struct Driver {
+    pub(super) name: &'static str,
+    pub(super) disk: &'static str,
     dax: bool,
 }
 
-const DRIVERS: [Driver; 3] = [
+const DRIVERS: [Driver; 4] = [
     Driver {
         name: "pmem",
         disk: "pmem1",
@@ -109,6 +109,11 @@ const DRIVERS: [Driver; 3] = [
         disk: "ram0",
         dax: false,
     },
+    Driver {
+        name: "null_blk",
+        disk: "nullb0",
+        dax: false,
+    },
 ];
 
 /// The titles of all rows.
@@ -121,19 +126,19 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     let rows: Vec<_> = ROWS.iter().filter(|(title, ..)| plan.has(title)).collect();
     let setup = Setup::new(Flavour::Test, progress)?;
     let step = progress.step("boot, load the drivers, touch all of their memory");
-    let vm = prepare(&setup, plan, progress)?;
+    let (vm, drivers) = prepare(plan.builder(&setup, progress), true)?;
     step.done();
 
     let step = progress.count(
         "measure",
-        rows.len() as u64 * u64::from(plan.rounds) * DRIVERS.len() as u64,
+        rows.len() as u64 * u64::from(plan.rounds) * drivers.len() as u64,
     );
     let mut table = Vec::new();
     for &&(title, unit, work) in &rows {
-        let mut sides = vec![None::<Measured>; DRIVERS.len()];
+        let mut sides = vec![None::<Measured>; drivers.len()];
         // In turns, so that what else the host does meanwhile is shared.
         for _ in 0..plan.rounds {
-            for (driver, side) in DRIVERS.iter().zip(&mut sides) {
+            for (driver, side) in drivers.iter().zip(&mut sides) {
                 step.note(&format!("{title}: {}", driver.name));
                 if let Some(measured) = measure(&vm, driver, work, plan.time)? {
                     *side.get_or_insert_default() += measured;
@@ -147,21 +152,21 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     vm.check_clean()?;
     let about = format!(
         "{} disks of {} MiB, ratios are pmem / the other.",
-        DRIVERS.len(),
+        drivers.len(),
         SIZE / MIB
     );
     let table = Table {
         machine: plan.machine(&vm),
         about,
-        parts: vec![(DRIVERS.map(|driver| driver.name).to_vec(), table)],
+        parts: vec![(drivers.iter().map(|driver| driver.name).collect(), table)],
     };
     vm.power_off()?;
     Ok(table)
 }
 
-fn prepare(setup: &Setup, plan: &Plan, progress: &Progress) -> Result<Vm> {
-    let vm = plan
-        .builder(setup, progress)
+/// Boots, and gives each driver a disk, which is written once if `fill` says so.
+pub(super) fn prepare(builder: Builder<'_>, fill: bool) -> Result<(Vm, &'static [Driver])> {
+    let vm = builder
         .ram(2 * GIB)
         .upper(2 * SIZE)
         .range(Use::Reserved, UPPER, SIZE)
@@ -169,11 +174,13 @@ fn prepare(setup: &Setup, plan: &Plan, progress: &Progress) -> Result<Vm> {
         .module("nd_pmem")
         .module("nd_e820")
         .module("brd")
+        .module("null_blk")
         .start()?;
-    // nd_pmem has taken pmem0. The parameters of brd are its own: it makes 16 disks of 64 MiB by itself.
+    // nd_pmem has taken pmem0. The parameters of the others are their own: brd makes 16 disks of 64 MiB by itself.
     vm.sh(&format!(
         "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0
-         rmmod brd && insmod /modules/brd.ko rd_nr=1 rd_size={}",
+         rmmod brd && insmod /modules/brd.ko rd_nr=1 rd_size={}
+         rmmod null_blk && insmod /modules/null_blk.ko nr_devices=1 gb=1 bs=512 queue_mode=2 memory_backed=1",
         SIZE >> 10
     ))?;
     vm.insmod(
@@ -187,13 +194,17 @@ fn prepare(setup: &Setup, plan: &Plan, progress: &Progress) -> Result<Vm> {
             "/dev/{} is smaller than it should be",
             driver.disk
         );
+        if !fill {
+            continue;
+        }
         // The first touch of a page costs the host more than all the others.
         vm.sh(&format!(
-            "fio --name=fill --filename=/dev/{} --rw=write --bs=1m --ioengine=psync >/dev/null",
-            driver.disk
+            "dd if=/dev/zero of=/dev/{} bs=1M count={} oflag=direct 2>/dev/null",
+            driver.disk,
+            (SIZE - 32 * MIB) / MIB
         ))?;
     }
-    Ok(vm)
+    Ok((vm, &DRIVERS))
 }
 
 fn measure(vm: &Vm, driver: &Driver, work: Work, time: Duration) -> Result<Option<Measured>> {
@@ -222,6 +233,7 @@ fn measure(vm: &Vm, driver: &Driver, work: Work, time: Duration) -> Result<Optio
                 seconds: mmap.seconds,
                 // One thread, and no kernel.
                 cpu_seconds: Some(mmap.seconds),
+                instructions: None,
             }))
         }
     }

@@ -16,6 +16,19 @@ pub struct Measured {
     pub seconds: f64,
     /// What they took of CPUs, if that is known.
     pub cpu_seconds: Option<f64>,
+    /// What one took, if it was counted.
+    pub instructions: Option<Instructions>,
+}
+
+/// Instructions of a system call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instructions {
+    /// Those of the driver, except for those that copy.
+    pub module: u64,
+    /// Those that copy the data, where they are known: in the driver, or in a function of the kernel's for it.
+    pub copy: u64,
+    /// All that the kernel executes, these and those included.
+    pub call: u64,
 }
 
 impl Measured {
@@ -55,6 +68,8 @@ pub enum Unit {
     Bandwidth,
     /// One operation: how long it takes.
     Time,
+    /// A system call: which instructions it takes.
+    Call,
 }
 
 /// A number of a row, which has a part of the table of its own.
@@ -68,6 +83,9 @@ enum Quantity {
     MillisecondsOfCpu,
     Instructions,
     MillionInstructions,
+    ModuleInstructions,
+    CopyInstructions,
+    CallInstructions,
 }
 
 impl Quantity {
@@ -79,8 +97,17 @@ impl Quantity {
         Self::Bandwidth,
         Self::Milliseconds,
         Self::MillisecondsOfCpu,
+        Self::ModuleInstructions,
+        Self::CopyInstructions,
+        Self::CallInstructions,
     ];
-    const COUNTED: &[Self] = &[Self::Instructions, Self::MillionInstructions];
+    const COUNTED: &[Self] = &[
+        Self::Instructions,
+        Self::MillionInstructions,
+        Self::ModuleInstructions,
+        Self::CopyInstructions,
+        Self::CallInstructions,
+    ];
 
     fn heading(self) -> &'static str {
         match self {
@@ -92,12 +119,19 @@ impl Quantity {
             Self::MillisecondsOfCpu => "milliseconds of CPU time",
             Self::Instructions => "instructions an operation",
             Self::MillionInstructions => "millions of instructions",
+            Self::ModuleInstructions => "instructions of the driver, without the copy",
+            Self::CopyInstructions => "instructions of the copy",
+            Self::CallInstructions => "instructions of the whole system call",
         }
     }
 
     fn digits(self) -> usize {
         match self {
-            Self::Waits | Self::Instructions => 0,
+            Self::Waits
+            | Self::Instructions
+            | Self::ModuleInstructions
+            | Self::CopyInstructions
+            | Self::CallInstructions => 0,
             Self::Operations | Self::OperationsOfCpu => 1,
             Self::Bandwidth => 2,
             Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => 3,
@@ -113,6 +147,9 @@ impl Quantity {
             Self::MillisecondsOfCpu => matches!(unit, Unit::Waits | Unit::Time),
             Self::Instructions => matches!(unit, Unit::Operations | Unit::Bandwidth),
             Self::Milliseconds | Self::MillionInstructions => unit == Unit::Time,
+            Self::ModuleInstructions | Self::CopyInstructions | Self::CallInstructions => {
+                unit == Unit::Call
+            }
         }
     }
 
@@ -131,6 +168,9 @@ impl Quantity {
             Self::MillionInstructions => {
                 Some(each(measured.cpu_seconds.unwrap_or(measured.seconds), 1e-3))
             }
+            Self::ModuleInstructions => Some(measured.instructions?.module as f64),
+            Self::CopyInstructions => Some(measured.instructions?.copy as f64),
+            Self::CallInstructions => Some(measured.instructions?.call as f64),
         }
     }
 }
@@ -216,6 +256,7 @@ mod tests {
             bytes: operations * 4096.0,
             seconds,
             cpu_seconds,
+            instructions: None,
         })
     }
 

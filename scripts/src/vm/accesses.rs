@@ -43,9 +43,9 @@ pub(super) fn log(n: u32) -> String {
     format!("log-{n}")
 }
 
-/// What the guest runs to tell the functions of `counted`.
-pub(super) fn lookup(counted: &[Counted]) -> Vec<String> {
-    let addresses = counted.iter().map(|counted| format!("{:#x}", counted.pc));
+/// What the guest runs to tell the functions that have the instructions at `addresses`.
+pub(super) fn lookup(addresses: impl Iterator<Item = u64>) -> Vec<String> {
+    let addresses = addresses.map(|address| format!("{address:#x}"));
     ["pmem-guest".to_owned(), "functions".to_owned()]
         .into_iter()
         .chain(addresses)
@@ -80,7 +80,7 @@ mod tests {
             count: 3,
         });
         assert_eq!(
-            lookup(&counted),
+            lookup(counted.iter().map(|counted| counted.pc)),
             ["pmem-guest", "functions", "0xffffffffc0000012", "0x401000"]
         );
         assert_eq!(

@@ -15,9 +15,13 @@
 //! page tables are: instructions that write lines back are nops to QEMU, which tells no physical address of theirs. The
 //! values of stores are right if CPUs take turns: QEMU shows the operand of an atomic instruction, not what it stores,
 //! where they do not.
+//!
+//! With `calls=PATH` instead it sees what system calls execute, and [`pmem_trace::calls`] counts that. A machine is
+//! asked for one of both: to see all of it takes time.
 
 #![forbid(unsafe_code)]
 
+mod calls;
 mod record;
 
 use pmem_trace::{serve, Kind, Reply, Request, Watcher};
@@ -26,9 +30,13 @@ use qemu_plugin::install::{Args, Info};
 use qemu_plugin::plugin::{HasCallbacks, Register};
 use qemu_plugin::{register, MemRW, MemoryInfo, PluginId, TranslationBlock, VCPUIndex};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 static WATCHER: Watcher = Watcher::new();
+
+/// Whether system calls are what is counted.
+static CALLS: AtomicBool = AtomicBool::new(false);
 
 struct Plugin;
 
@@ -42,6 +50,10 @@ impl HasCallbacks for Plugin {
         _id: PluginId,
         block: TranslationBlock<'_>,
     ) -> Result<()> {
+        if CALLS.load(Ordering::Relaxed) {
+            calls::watch(&block);
+            return Ok(());
+        }
         for instruction in block.instructions() {
             let pc = instruction.vaddr();
             // CPUs that execute the same instruction share what is called: it must not change what it captures.
@@ -82,8 +94,13 @@ impl Register for Plugin {
             let mut raw = args.raw.iter();
             raw.find_map(|argument| argument.strip_prefix(name))
         };
-        let socket = argument("socket=")
-            .ok_or_else(|| Error::BoxedError("the argument socket=PATH is missing".into()))?;
+        if let Some(socket) = argument("calls=") {
+            CALLS.store(true, Ordering::Relaxed);
+            return calls::serve(socket);
+        }
+        let socket = argument("socket=").ok_or_else(|| {
+            Error::BoxedError("an argument is missing: socket=PATH or calls=PATH".into())
+        })?;
         if let Some(ram) = argument("ram=") {
             record::enable(ram)?;
         }

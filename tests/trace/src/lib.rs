@@ -21,9 +21,12 @@
 //!
 //! [`Watcher`] and [`Recorder`] are the plugin's side without QEMU, [`ask`] is the host's. [`record`] is what is recorded,
 //! and [`domain`] what a power failure could leave of it.
+//!
+//! [`calls`] has the instructions of system calls, which is a language of its own on another socket.
 
 #![forbid(unsafe_code)]
 
+pub mod calls;
 pub mod domain;
 #[cfg(feature = "instruction")]
 pub mod instruction;
@@ -31,6 +34,7 @@ pub mod mark;
 pub mod paging;
 pub mod record;
 mod recorder;
+mod socket;
 mod watcher;
 
 pub use recorder::{Place, Recorder};
@@ -39,10 +43,9 @@ pub use watcher::Watcher;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// What the host asks of the plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,41 +186,17 @@ impl Accesses {
     }
 }
 
-/// How long the plugin may take to answer.
-const ANSWER: Duration = Duration::from_secs(30);
-
 /// Asks the plugin that listens on `socket`.
 pub fn ask(socket: &Path, request: Request) -> io::Result<Reply> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    send(&mut stream, &request)?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    Ok(serde_json::from_str(&line)?)
+    socket::ask(socket, &request)
 }
 
 /// Has `answer` reply to who connects, one after the other, for as long as the socket is there.
 pub fn serve(listener: &UnixListener, answer: impl Fn(Request) -> Reply) {
-    while let Ok((stream, _)) = listener.accept() {
-        // Who does not wait for the answer has none.
-        converse(stream, &answer).ok();
-    }
-}
-
-fn converse(mut stream: UnixStream, answer: impl Fn(Request) -> Reply) -> io::Result<()> {
-    let mut line = String::new();
-    BufReader::new(&stream).read_line(&mut line)?;
-    let reply = match serde_json::from_str(&line) {
+    socket::serve(listener, |request| match request {
         Ok(request) => answer(request),
-        Err(error) => Reply::Refused(format!("{line:?} is no question: {error}")),
-    };
-    send(&mut stream, &reply)
-}
-
-fn send(stream: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(what)?;
-    line.push(b'\n');
-    stream.write_all(&line)
+        Err(why) => Reply::Refused(why),
+    });
 }
 
 #[cfg(test)]

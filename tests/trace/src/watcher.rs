@@ -115,7 +115,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ask, send, serve};
+    use crate::{ask, serve, socket};
     use std::io::{BufRead, BufReader};
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::thread;
@@ -262,7 +262,7 @@ mod tests {
         // Who asks nothing, or nonsense, does not keep the next one from an answer.
         drop(UnixStream::connect(&path).unwrap());
         let mut nonsense = UnixStream::connect(&path).unwrap();
-        send(&mut nonsense, &"nonsense").unwrap();
+        socket::send(&mut nonsense, &"nonsense").unwrap();
         let mut reply = String::new();
         BufReader::new(nonsense).read_line(&mut reply).unwrap();
         assert!(reply.contains("nonsense"), "{reply}");
