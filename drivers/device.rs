@@ -128,6 +128,8 @@ pub(crate) struct PmemDevice {
     flushes: Option<Pin<KBox<Flushes>>>,
     /// What I/O memory needs; none if it is memory of the machine.
     io: Option<Io>,
+    /// Whether there is neither a host to ask nor I/O memory, so that a bio is served by copies and fences.
+    is_plain: bool,
     /// Goes on with bios that have waited for a flush.
     #[pin]
     work: Work<PmemDevice>,
@@ -183,6 +185,7 @@ impl PmemDevice {
                 provider: options.provider,
                 counters,
                 media,
+                is_plain: flushes.is_none(),
                 flushes,
                 io: None,
                 work <- new_work!("pmem_flush"),
@@ -247,6 +250,7 @@ impl PmemDevice {
                 media,
                 flushes: None,
                 io: Some(io),
+                is_plain: false,
                 work <- new_work!("pmem_flush"),
             }),
             GFP_KERNEL,
@@ -404,6 +408,21 @@ impl PmemDevice {
         Ok(())
     }
 
+    /// Reads the data of `bio`, if `check` finds nothing wrong with it.
+    #[inline(always)]
+    fn read(&self, bio: &Bio, check: impl FnOnce() -> Result<(), Status>) -> Result<(), Status> {
+        let medium = self.window(bio)?;
+        self.counters.count_read(bio.size());
+        check()?;
+        Self::transfer(medium, bio, |medium, segment| {
+            match mc::copy_readable(segment, medium) {
+                Ok(0) => Ok(()),
+                Ok(left) => Err(self.failed_read(medium, left)),
+                Err(_) => Err(Status::IOERR),
+            }
+        })
+    }
+
     /// Writes the data of `bio` by `persist`, durable.
     #[inline(always)]
     fn write(&self, bio: &Bio, persist: &Persist) -> Result<(), Status> {
@@ -463,6 +482,48 @@ impl PmemDevice {
         Status::IOERR
     }
 
+    // These take the bio first: it is then in the register where `bio_endio()` wants it.
+
+    /// Serves `bio`, whatever it asks for and whatever the device is.
+    #[inline(never)]
+    fn submit(bio: Bio, device: &Self) {
+        if let Some(flushes) = &device.flushes {
+            if bio.is_preflush() {
+                device.counters.count_flush();
+                return flushes.arrive(bio, true);
+            }
+        }
+        let status = match (device.account_and_serve(&bio), &device.flushes) {
+            (Ok(()), Some(flushes)) if bio.is_fua() => return flushes.arrive(bio, true),
+            (Ok(()), _) => Status::OK,
+            (Err(status), _) => status,
+        };
+        bio.end(status);
+    }
+
+    /// Serves `bio`, which reads from memory of the machine.
+    #[inline(never)]
+    fn submit_read(bio: Bio, device: &Self) {
+        if device.media.is_suspect() {
+            return Self::submit(bio, device);
+        }
+        let status = device.read(&bio, || Ok(())).err().unwrap_or(Status::OK);
+        bio.end(status);
+    }
+
+    /// Serves `bio`, which writes to memory of the machine that a fence makes durable.
+    #[inline(never)]
+    fn submit_write(bio: Bio, device: &Self) {
+        if device.media.is_suspect() {
+            return Self::submit(bio, device);
+        }
+        let status = device
+            .write(&bio, &device.persist)
+            .err()
+            .unwrap_or(Status::OK);
+        bio.end(status);
+    }
+
     #[inline]
     fn account_and_serve(&self, bio: &Bio) -> Result<(), Status> {
         let accounting = bio.start_accounting();
@@ -483,20 +544,12 @@ impl PmemDevice {
             self.counters.count_flush();
         }
         match bio.op() {
-            bio::Op::Read => {
-                let medium = self.window(bio)?;
-                self.counters.count_read(bio.size());
+            bio::Op::Read => self.read(bio, || {
                 if self.media.is_suspect() {
                     self.before_read(bio)?;
                 }
-                Self::transfer(medium, bio, |medium, segment| {
-                    match mc::copy_readable(segment, medium) {
-                        Ok(0) => Ok(()),
-                        Ok(left) => Err(self.failed_read(medium, left)),
-                        Err(_) => Err(Status::IOERR),
-                    }
-                })
-            }
+                Ok(())
+            }),
             // A flush alone, which is done.
             bio::Op::Write if bio.size() == 0 => Ok(()),
             op @ (bio::Op::Write | bio::Op::WriteZeroes) if self.media.is_suspect() => {
@@ -523,18 +576,19 @@ impl disk::Operations for PmemDevice {
 
     #[inline]
     fn submit_bio(&self, bio: Bio) {
-        if let Some(flushes) = &self.flushes {
-            if bio.is_preflush() {
-                self.counters.count_flush();
-                return flushes.arrive(bio, true);
-            }
+        if !self.is_plain || bio.is_accounted() {
+            return Self::submit(bio, self);
         }
-        let status = match (self.account_and_serve(&bio), &self.flushes) {
-            (Ok(()), Some(flushes)) if bio.is_fua() => return flushes.arrive(bio, true),
-            (Ok(()), _) => Status::OK,
-            (Err(status), _) => status,
-        };
-        bio.end(status);
+        match bio.common() {
+            Some(bio::Common::Flush) => {
+                self.persist.fence();
+                self.counters.count_flush();
+                bio.end(Status::OK);
+            }
+            Some(bio::Common::Write) => Self::submit_write(bio, self),
+            Some(bio::Common::Read) => Self::submit_read(bio, self),
+            None => Self::submit(bio, self),
+        }
     }
 
     fn badblocks(&self) -> Option<&Badblocks> {

@@ -184,13 +184,13 @@ impl Extent {
             return None;
         }
 
-        // No bit is shifted out, as none of the disk's size would be.
+        // No bit is shifted out, as none of the disk's size would be. So it is at most that size.
         let offset = index << shift;
-        match disk.checked_sub(offset) {
-            // INVARIANT: `offset + len` is at most `offset + (disk - offset)`.
-            Some(room) if len <= room => Some(Self { offset, len }),
-            _ => None,
+        if len > disk.wrapping_sub(offset) {
+            return None;
         }
+        // INVARIANT: `offset + len` is at most `offset + (disk - offset)`.
+        Some(Self { offset, len })
     }
 
     /// Where it starts in the disk, in bytes.

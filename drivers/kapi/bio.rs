@@ -6,7 +6,10 @@
 
 use super::bindings;
 use crate::pmem_core::{
-    extent::Sector,
+    extent::{
+        self,
+        Sector, //
+    },
     persist::VolatileSlice, //
 };
 use core::{
@@ -34,6 +37,17 @@ pub(crate) enum Op {
     WriteZeroes,
     /// Any other operation, by its `REQ_OP_` number.
     Other(u32),
+}
+
+/// What most bios ask for: what can be served at once, without a look at anything else.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Common {
+    /// As [`Op::Read`].
+    Read,
+    /// As [`Op::Write`].
+    Write,
+    /// To make all completed writes durable, and nothing else.
+    Flush,
 }
 
 /// How a bio ended.
@@ -101,6 +115,18 @@ impl Bio {
         }
     }
 
+    /// What the bio asks for, unless it is more than one thing or is rare. What only says how, such as
+    /// [`is_fua`](Self::is_fua), is not looked at.
+    #[inline(always)]
+    pub(crate) fn common(&self) -> Option<Common> {
+        match (self.is_preflush(), self.op()) {
+            (true, Op::Write) if self.size() == 0 => Some(Common::Flush),
+            (false, Op::Write) => Some(Common::Write),
+            (false, Op::Read) => Some(Common::Read),
+            _ => None,
+        }
+    }
+
     /// Whether what was completed before is to be durable before this bio begins.
     #[inline]
     pub(crate) fn is_preflush(&self) -> bool {
@@ -157,13 +183,19 @@ impl Bio {
         }
     }
 
-    /// Begins I/O accounting, if the queue asks for it (`queue/iostats` in sysfs).
+    /// Whether the queue asks for I/O accounting (`queue/iostats` in sysfs).
+    #[inline]
+    pub(crate) fn is_accounted(&self) -> bool {
+        // SAFETY: By the type invariant; a submitted bio has a block device, which has a queue for as
+        // long as the bio lives.
+        let features = unsafe { (*(*self.raw().bi_bdev).bd_queue).limits.features };
+        features & bindings::PMEM_CONST_BLK_FEAT_IO_STAT != 0
+    }
+
+    /// Begins I/O accounting, if the queue asks for it.
     #[inline]
     pub(crate) fn start_accounting(&self) -> Option<Accounting> {
-        // SAFETY: By the type invariant; a submitted bio has a block device, which has a disk and
-        // a queue for as long as the bio lives.
-        let features = unsafe { (*(*(*self.raw().bi_bdev).bd_disk).queue).limits.features };
-        if features & bindings::PMEM_CONST_BLK_FEAT_IO_STAT == 0 {
+        if !self.is_accounted() {
             return None;
         }
         // SAFETY: By the type invariant.
@@ -275,6 +307,35 @@ impl Drop for List {
     }
 }
 
+/// Where the kernel has the memory of `page` mapped.
+///
+/// # Safety
+///
+/// `page` is a struct page, of memory that is mapped.
+#[inline(always)]
+#[cfg(all(target_arch = "x86_64", CONFIG_SPARSEMEM_VMEMMAP))]
+unsafe fn page_address(page: *const bindings::page) -> *mut u8 {
+    // As `page_address()`, which C keeps inline: a call would take as long as all of this. The struct
+    // pages are one array from `vmemmap_base` on, and all memory is mapped from `page_offset_base` on.
+    //
+    // SAFETY: Both are constant once the kernel has booted.
+    let (pages, memory) = unsafe { (bindings::vmemmap_base, bindings::page_offset_base) };
+    let pfn = page.addr().wrapping_sub(pages) / size_of::<bindings::page>();
+    core::ptr::with_exposed_provenance_mut((pfn << extent::PAGE_SHIFT).wrapping_add(memory))
+}
+
+/// Where the kernel has the memory of `page` mapped.
+///
+/// # Safety
+///
+/// `page` is a struct page, of memory that is mapped.
+#[inline(always)]
+#[cfg(not(all(target_arch = "x86_64", CONFIG_SPARSEMEM_VMEMMAP)))]
+unsafe fn page_address(page: *const bindings::page) -> *mut u8 {
+    // SAFETY: By the function's contract.
+    unsafe { bindings::pmem_helper_page_address(page).cast() }
+}
+
 /// The time at which a bio's accounting began.
 pub(crate) struct Accounting(c_ulong);
 
@@ -316,9 +377,35 @@ impl<'a> Iterator for Segments<'a> {
         // length are inside of that piece. They may change under us, as O_DIRECT buffers do,
         // which `VolatileSlice` allows.
         Some(unsafe {
-            let base = bindings::pmem_helper_page_address(vec.bv_page).cast::<u8>();
+            let base = page_address(vec.bv_page);
             let offset = vec.bv_offset as usize + skip as usize;
             VolatileSlice::new(base.add(offset), len as usize)
         })
+    }
+}
+
+#[kernel::macros::kunit_tests(pmem_bio)]
+mod tests {
+    use super::*;
+    use kernel::{
+        page::Page,
+        prelude::*, //
+    };
+
+    /// What C has in a header is done anew here.
+    #[test]
+    fn pages_are_where_the_kernel_says() -> Result {
+        for _ in 0..64 {
+            let page = Page::alloc_page(GFP_KERNEL)?;
+            // SAFETY: It is ours, and not of high memory.
+            let (ours, theirs) = unsafe {
+                (
+                    page_address(page.as_ptr()),
+                    bindings::pmem_helper_page_address(page.as_ptr()),
+                )
+            };
+            assert_eq!(ours, theirs.cast());
+        }
+        Ok(())
     }
 }

@@ -59,8 +59,8 @@ impl Mutation {
             ),
             Self::Flush => (
                 "drivers/device.rs",
-                "if bio.is_preflush() {\n            self.persist.fence();",
-                "if bio.is_preflush() {",
+                "Some(bio::Common::Flush) => {\n                self.persist.fence();",
+                "Some(bio::Common::Flush) => {",
             ),
             Self::WriteBack => (
                 "src/persist/x86_64.rs",
