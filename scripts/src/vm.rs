@@ -319,11 +319,11 @@ impl<'a> Builder<'a> {
     }
 
     /// Has QEMU see what the guest's CPU executes, for [`Vm::count_calls`], instead of how it accesses memory. The guest
-    /// has one CPU then, which is emulated in any case, and takes a few times as long as others.
+    /// has one CPU then, which is emulated in any case.
     pub fn count_calls(mut self) -> Self {
         self.counted = true;
         self.cpus = 1;
-        self.boot_timeout = self.boot_timeout.max(5 * BOOT);
+        self.boot_timeout = self.boot_timeout.max(10 * BOOT);
         self
     }
 
@@ -510,9 +510,9 @@ impl<'a> Builder<'a> {
         args
     }
 
-    /// Whether devices can come and go.
+    /// Whether devices can come and go, or QEMU is told to count.
     fn has_monitor(&self) -> bool {
-        !self.virtio.is_empty() || !self.pci.bars.is_empty()
+        !self.virtio.is_empty() || !self.pci.bars.is_empty() || self.counted
     }
 
     /// Boots the machine, and waits until it does what it is told.
@@ -1133,6 +1133,7 @@ impl Vm {
             Reply::Done => {}
             other => bail!("{}: QEMU's plugin answered {other:?}", self.name),
         }
+        self.monitor(Monitor::translate_anew)?;
         self.sh(script)?;
         let calls = match ask(Request::Report)? {
             Reply::Calls(calls) => calls,

@@ -81,6 +81,18 @@ impl Monitor {
         })
     }
 
+    /// Has QEMU translate all code of the guest's anew as it is executed: it keeps blocks that jump to each other for
+    /// others than those that do not, and from now on they do not.
+    pub fn translate_anew(&mut self) -> Result<()> {
+        let command = qmp::human_monitor_command {
+            command_line: "log nochain".into(),
+            cpu_index: None,
+        };
+        let answer = self.qmp.execute(&command)?;
+        ensure!(answer.is_empty(), "QEMU does not translate anew: {answer}");
+        Ok(())
+    }
+
     /// Plugs a device in.
     pub fn plug(&mut self, device: &Pluggable) -> Result<()> {
         let (option, memory) = &device.memory;

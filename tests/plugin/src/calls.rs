@@ -19,8 +19,12 @@ pub fn serve(socket: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has the counter see what `block` executes: each instruction of the kernel's, and of a program that there is one.
+/// Has the counter see what `block` executes: each instruction of the kernel's, and of a program that there is one. Blocks
+/// that were translated before it is asked for are not seen, so that QEMU has to translate them anew.
 pub fn watch(block: &TranslationBlock<'_>) {
+    if !COUNTER.is_on() {
+        return;
+    }
     if block.vaddr() < KERNEL {
         block.register_execute_callback(|_cpu| COUNTER.program());
     }
