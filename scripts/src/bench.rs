@@ -2,10 +2,12 @@
 
 //! `cargo xtask bench`: the driver beside the kernel's own.
 
-mod calls;
+pub mod calls;
 pub mod fio;
 mod iopmem;
 mod kmem;
+mod load;
+mod plot;
 mod pmem;
 pub mod table;
 mod virtio;
@@ -16,7 +18,11 @@ use crate::root::Root;
 use crate::vm::{Accelerator, Builder, Setup, Vm};
 use crate::{exec, repo};
 use anyhow::{bail, ensure, Context, Result};
-use serde::Deserialize;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use table::Row;
@@ -36,7 +42,7 @@ const BOOT: Duration = Duration::from_secs(300);
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Measure the copying core on this machine's memory instead, without a VM: pmem-core's benchmark.
-    #[arg(long, conflicts_with_all = ["table", "instructions", "seconds", "rounds", "only"])]
+    #[arg(long, conflicts_with_all = ["table", "instructions", "seconds", "rounds", "only", "json", "plots"])]
     native: bool,
     /// Only this table; may be given again.
     #[arg(long, value_enum, value_name = "TABLE")]
@@ -60,18 +66,27 @@ pub struct Args {
     /// Only the rows whose title contains this.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Write all that was measured to this file as JSON, too.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw what was measured, too: SVG files in this directory.
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// Arguments for the benchmark, with --native.
     #[arg(last = true, requires = "native", value_name = "ARGUMENTS")]
     arguments: Vec<String>,
 }
 
 /// The tables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Which {
     /// Single system calls, instruction by instruction: in the driver, in its copy, in all of the kernel.
     Calls,
-    /// Disks of ranges that are storage alone, beside nd_pmem and brd.
+    /// Disks of ranges that are storage alone, beside nd_pmem, brd and null_blk.
     Pmem,
+    /// How long it takes until there is a disk, and how much memory, by size, beside nd_pmem.
+    Load,
     /// A range that is RAM and storage at once, beside dax/kmem and brd.
     Kmem,
     /// Disks of virtio-pmem devices, which the host makes durable, beside virtio_pmem and nd_pmem.
@@ -114,14 +129,8 @@ impl Plan {
     }
 
     /// What the numbers are of.
-    fn machine(&self, vm: &Vm) -> String {
-        let mut text = format!(
-            "Linux {}, {}; the host has {}\n",
-            vm.kernel(),
-            vm.accelerator(),
-            cpu()
-        );
-        text += &match (self.counted, vm.accelerator()) {
+    fn machine(&self, vm: &Vm) -> Machine {
+        let how = match (self.counted, vm.accelerator()) {
             (true, _) => "Instructions of all that runs: the kernel, the driver, and the program that asks. Ratios of less than 1 are ahead.".to_owned(),
             (false, accelerator) => {
                 let emulated = match accelerator {
@@ -135,18 +144,67 @@ impl Plan {
                 )
             }
         };
-        text
+        Machine::new(vm, how)
+    }
+}
+
+/// What was measured in.
+#[derive(Debug, Clone, Serialize)]
+struct Machine {
+    /// The kernel's release.
+    kernel: String,
+    accelerator: String,
+    /// The host's CPUs.
+    host: String,
+    /// How it was measured.
+    how: String,
+}
+
+impl Machine {
+    fn new(vm: &Vm, how: String) -> Self {
+        Self {
+            kernel: vm.kernel().to_owned(),
+            accelerator: vm.accelerator().to_string(),
+            host: cpu(),
+            how,
+        }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Linux {}, {}; the host has {}\n{}",
+            self.kernel, self.accelerator, self.host, self.how
+        )
     }
 }
 
 /// A table that was measured.
+#[derive(Debug, Serialize)]
 struct Table {
     /// What it was measured in.
-    machine: String,
+    machine: Machine,
     /// What was compared.
     about: String,
-    /// Names of columns, and the rows that have them.
-    parts: Vec<(Vec<&'static str>, Vec<Row>)>,
+    /// Rows with the same columns.
+    parts: Vec<Part>,
+}
+
+/// Rows of a table.
+#[derive(Debug, Serialize)]
+struct Part {
+    /// What is compared.
+    columns: Vec<&'static str>,
+    rows: Vec<Row>,
+}
+
+/// All that was measured, as `--json` has it.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// By name.
+    tables: Vec<(Which, Table)>,
 }
 
 /// Carries the command out.
@@ -169,7 +227,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let wanted = |which| args.table.is_empty() || args.table.contains(&which);
     let mut titles = Vec::new();
-    let mut any = false;
+    let mut report = Report { tables: Vec::new() };
     for (which, all, measure) in [
         (
             Which::Calls,
@@ -177,6 +235,7 @@ pub fn run(args: &Args) -> Result<()> {
             calls::table as fn(&_, &_) -> _,
         ),
         (Which::Pmem, pmem::titles().collect(), pmem::table),
+        (Which::Load, load::titles().collect(), load::table),
         (Which::Kmem, kmem::titles().collect(), kmem::table),
         (
             Which::Virtio,
@@ -189,25 +248,40 @@ pub fn run(args: &Args) -> Result<()> {
             continue;
         }
         if all.iter().any(|title| plan.has(title)) {
-            any = true;
-            show(&measure(&plan, &progress)?, &plan);
+            let table = measure(&plan, &progress)?;
+            show(&table, &plan);
+            if let Some(dir) = &args.plots {
+                plot::all(dir, &which.to_string(), &table, plan.counted)?;
+            }
+            report.tables.push((which, table));
         }
         titles.extend(all);
     }
-    if !any {
+    if report.tables.is_empty() {
         bail!(
             "no row's title contains {:?}; there are:\n    {}",
             plan.only,
             titles.join("\n    ")
         );
     }
+    if let Some(path) = &args.json {
+        let json = serde_json::to_string_pretty(&report)?;
+        fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
     Ok(())
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.to_possible_value();
+        f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
 }
 
 fn show(table: &Table, plan: &Plan) {
     println!("\n{}\n{}", table.machine, table.about);
-    for (columns, rows) in &table.parts {
-        print!("{}", table::text(columns, rows, plan.counted));
+    for part in &table.parts {
+        print!("{}", table::text(&part.columns, &part.rows, plan.counted));
     }
 }
 

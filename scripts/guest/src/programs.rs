@@ -85,6 +85,9 @@ usage: pmem-guest PROGRAM ...
   virtio-set PCI-DEVICE FIELD=VALUE ...
                                     write its fields behind its driver's back: status, queue, enable, desc, driver,
                                     device, notify
+  time-write ATTRIBUTE TEXT         write an attribute, and print how long that took, as JSON
+  time-load MODULE PARAMETERS FILE  load a module, and print how long it took until there was FILE, and how much memory
+                                    it took, as JSON
 ";
 
 const PAGE: usize = 4096;
@@ -201,6 +204,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["virtio-status", device] => virtio::status(device),
         ["virtio-set", device, fields @ ..] => virtio::set(device, fields),
         ["time-write", attribute, text] => timing::write(attribute, text),
+        ["time-load", module, params, file] => timing::load(module, params, file),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             Ok(())

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! How long one system call takes.
+//! How long one system call takes, and what it needs.
 
-use std::fs::OpenOptions;
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::time::Instant;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::time::{clock_gettime, ClockId};
 use serde_json::json;
@@ -20,6 +23,39 @@ pub fn write(path: &str, text: &str) -> io::Result<()> {
     written?;
     println!("{}", json!({ "ns": ns, "cpu_ns": cpu_ns }));
     Ok(())
+}
+
+/// Loads the module `path`, waits until there is `file`, and prints how long that took, and how much less memory is free
+/// then, as JSON.
+pub fn load(path: &str, params: &str, file: &str) -> io::Result<()> {
+    /// What takes longer has failed.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    let module = File::open(path)?;
+    let params = CString::new(params)?;
+    let (free, start) = (free()?, Instant::now());
+    rustix::system::finit_module(&module, &params, 0)?;
+    while !Path::new(file).exists() {
+        if start.elapsed() > PATIENCE {
+            return Err(io::Error::other(format!("there is no {file}")));
+        }
+        thread::yield_now();
+    }
+    let ns = start.elapsed().as_nanos() as u64;
+    let bytes = free.saturating_sub(self::free()?);
+    println!("{}", json!({ "ns": ns, "bytes": bytes }));
+    Ok(())
+}
+
+/// Free memory, in bytes.
+fn free() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let field = text.lines().find_map(|line| {
+        let kib = line.strip_prefix("MemFree:")?.strip_suffix("kB")?;
+        kib.trim().parse::<u64>().ok()
+    });
+    let kib = field.ok_or_else(|| io::Error::other("/proc/meminfo has no MemFree"))?;
+    Ok(kib << 10)
 }
 
 /// What this process has run, in nanoseconds.

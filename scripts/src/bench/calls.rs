@@ -6,9 +6,9 @@
 //! A plugin in QEMU sees each instruction, so that the same kernel and module give the same numbers each time.
 
 use super::table::{Instructions, Measured, Row, Unit};
-use super::{pmem, Plan, Table};
+use super::{pmem, Machine, Part, Plan, Table};
 use crate::progress::Progress;
-use crate::vm::{Setup, Step, SystemCall, Vm};
+use crate::vm::{Calls, Setup, Step, SystemCall, Vm};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -38,12 +38,12 @@ const COPIES: &[&str] = &[
 const MODULES: &[&str] = &["pmem", "nd_pmem", "libnvdimm", "nd_e820", "brd", "null_blk"];
 
 /// The titles of all rows.
-pub fn titles() -> impl Iterator<Item = &'static str> {
+pub(super) fn titles() -> impl Iterator<Item = &'static str> {
     ROWS.iter().map(|&(title, ..)| title)
 }
 
 /// Measures the rows that `plan` has.
-pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
+pub(super) fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     let rows: Vec<_> = ROWS.iter().filter(|(title, ..)| plan.has(title)).collect();
     let setup = Setup::new(plan.flavour, progress)?;
     let step = progress.step("boot, load the drivers");
@@ -52,18 +52,15 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     step.done();
 
     let step = progress.count("count", (rows.len() * drivers.len()) as u64);
-    let mut counted = Vec::new();
-    for (title, op, bytes) in &rows {
+    let mut calls = Vec::new();
+    for &&(title, op, bytes) in &rows {
         for driver in drivers {
             step.note(&format!("{title}: {}", driver.name));
-            counted.push(vm.count_calls(&format!(
-                "pmem-guest calls /dev/{} {op} {bytes} {CALLS}",
-                driver.disk
-            ))?);
+            calls.push(count(&vm, driver.disk, op, bytes)?);
             step.tick();
         }
     }
-    let calls = vm.name_calls(&counted)?;
+    let calls = vm.name_calls(&calls)?;
     let mut table = Vec::new();
     let mut profiles = String::new();
     for ((title, ..), calls) in rows.iter().zip(calls.chunks(drivers.len())) {
@@ -85,25 +82,33 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     step.done();
     vm.check_clean()?;
     let table = Table {
-        machine: machine(&vm),
+        machine: Machine::new(
+            &vm,
+            format!(
+                "Instructions that a plugin in QEMU has seen, the steps of a string instruction being one. Of {CALLS} calls,\n\
+                 those of which most were the same, instruction for instruction. Ratios of less than 1 are ahead."
+            ),
+        ),
         about: format!("Ratios are pmem / the other.{profiles}"),
-        parts: vec![(drivers.iter().map(|driver| driver.name).collect(), table)],
+        parts: vec![Part {
+            columns: drivers.iter().map(|driver| driver.name).collect(),
+            rows: table,
+        }],
     };
     vm.power_off()?;
     Ok(table)
 }
 
-fn machine(vm: &Vm) -> String {
-    format!(
-        "Linux {}, {}; instructions that a plugin in QEMU has seen, the steps of a string instruction being one.\n\
-         Of {CALLS} calls, those of which most were the same, instruction for instruction.",
-        vm.kernel(),
-        vm.accelerator()
-    )
+/// Has the guest call the system over and over: `op` is `read`, `write`, `dsync` or `fsync`, of a `disk` whose driver is
+/// loaded, and `bytes` long if it has data.
+pub fn count(vm: &Vm, disk: &str, op: &str, bytes: u64) -> Result<Calls> {
+    vm.count_calls(&format!(
+        "pmem-guest calls /dev/{disk} {op} {bytes} {CALLS}"
+    ))
 }
 
 /// Sums a call up.
-fn instructions(call: &SystemCall) -> Instructions {
+pub fn instructions(call: &SystemCall) -> Instructions {
     let steps = call.steps.iter().zip(copies(&call.steps));
     let count = |of: &dyn Fn(&Step, bool) -> bool| {
         steps

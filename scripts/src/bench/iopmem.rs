@@ -6,7 +6,7 @@
 //! driver has.
 
 use super::table::{Measured, Row, Unit};
-use super::{fio, Plan, Table};
+use super::{fio, Part, Plan, Table};
 use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::vm::{Persistent, Setup, Vm, GIB, MIB, PMEM_KO};
@@ -148,7 +148,10 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
             });
         }
         vm.rmmod("pmem")??;
-        parts.push((mode.columns.to_vec(), table));
+        parts.push(Part {
+            columns: mode.columns.to_vec(),
+            rows: table,
+        });
     }
     step.done();
     vm.check_clean()?;

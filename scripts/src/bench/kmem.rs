@@ -181,7 +181,10 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
                 sides: sums.map(Some).to_vec(),
             });
         }
-        parts.push((columns.to_vec(), table));
+        parts.push(super::Part {
+            columns: columns.to_vec(),
+            rows: table,
+        });
     }
     step.done();
     let Bench { vm, size, .. } = bench;

@@ -3,7 +3,7 @@
 //! The disks of ranges that are storage alone, beside those of `nd_pmem` and `brd`.
 
 use super::table::{Measured, Row, Unit};
-use super::{fio, Plan, Table};
+use super::{fio, Part, Plan, Table};
 use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::vm::{Builder, Setup, Use, Vm, GIB, MIB, PMEM_KO, UPPER};
@@ -19,6 +19,11 @@ const SIZE: u64 = 512 * MIB;
 enum Work {
     /// A fio job on the disk.
     Fio(&'static str),
+    /// A fio job of so many threads on the disk.
+    Threads(u32, &'static str),
+    /// So many threads on ext4 with DAX where the disk has it, each of which writes 4 KiB of a file of its own and makes
+    /// that durable, over and over.
+    Fsync(u32),
     /// `pmem-guest bench-mmap` on a file, `read` or `write`.
     Mmap(&'static str),
 }
@@ -65,6 +70,51 @@ const ROWS: &[(&str, Unit, Work)] = &[
         Work::Fio("--rw=randwrite --bs=4k --ioengine=psync --fsync=1"),
     ),
     (
+        "512 B random read, psync",
+        Unit::Operations,
+        Work::Fio("--rw=randread --bs=512 --ioengine=psync"),
+    ),
+    (
+        "512 B random write, psync",
+        Unit::Operations,
+        Work::Fio("--rw=randwrite --bs=512 --ioengine=psync"),
+    ),
+    (
+        "4 KiB random read, psync, 4 threads",
+        Unit::Waits,
+        Work::Threads(4, "--rw=randread --bs=4k --ioengine=psync"),
+    ),
+    (
+        "4 KiB random write, psync, 4 threads",
+        Unit::Waits,
+        Work::Threads(4, "--rw=randwrite --bs=4k --ioengine=psync"),
+    ),
+    (
+        "ext4: 4 KiB write and fsync, 1 thread",
+        Unit::Waits,
+        Work::Fsync(1),
+    ),
+    (
+        "ext4: 4 KiB write and fsync, 4 threads",
+        Unit::Waits,
+        Work::Fsync(4),
+    ),
+    (
+        "ext4: 4 KiB write and fsync, 16 threads",
+        Unit::Waits,
+        Work::Fsync(16),
+    ),
+    (
+        "64 KiB random read",
+        Unit::Bandwidth,
+        Work::Fio("--rw=randread --bs=64k --ioengine=psync"),
+    ),
+    (
+        "64 KiB random write",
+        Unit::Bandwidth,
+        Work::Fio("--rw=randwrite --bs=64k --ioengine=psync"),
+    ),
+    (
         "1 MiB sequential read",
         Unit::Bandwidth,
         Work::Fio("--rw=read --bs=1m --ioengine=psync"),
@@ -85,6 +135,11 @@ const ROWS: &[(&str, Unit, Work)] = &[
         Work::Mmap("write"),
     ),
 ];
+
+/// A job of the threads that write and make it durable.
+const FSYNC: &str =
+    "--rw=randwrite --bs=4k --ioengine=psync --fsync=1 --size=1m --fallocate=none --overwrite=1 \
+                     --norandommap --randrepeat=0";
 
 /// A driver, and its disk.
 pub(super) struct Driver {
@@ -115,6 +170,10 @@ const DRIVERS: [Driver; 4] = [
         dax: false,
     },
 ];
+
+/// Waits until nd_pmem has its disk.
+pub(super) const WAIT: &str =
+    "for i in $(seq 300); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0";
 
 /// The titles of all rows.
 pub fn titles() -> impl Iterator<Item = &'static str> {
@@ -158,7 +217,10 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     let table = Table {
         machine: plan.machine(&vm),
         about,
-        parts: vec![(drivers.iter().map(|driver| driver.name).collect(), table)],
+        parts: vec![Part {
+            columns: drivers.iter().map(|driver| driver.name).collect(),
+            rows: table,
+        }],
     };
     vm.power_off()?;
     Ok(table)
@@ -178,7 +240,7 @@ pub(super) fn prepare(builder: Builder<'_>, fill: bool) -> Result<(Vm, &'static 
         .start()?;
     // nd_pmem has taken pmem0. The parameters of the others are their own: brd makes 16 disks of 64 MiB by itself.
     vm.sh(&format!(
-        "for i in $(seq 100); do test -b /dev/pmem0 && break; sleep 0.1; done; test -b /dev/pmem0
+        "{WAIT}
          rmmod brd && insmod /modules/brd.ko rd_nr=1 rd_size={}
          rmmod null_blk && insmod /modules/null_blk.ko nr_devices=1 gb=1 bs=512 queue_mode=2 memory_backed=1",
         SIZE >> 10
@@ -213,6 +275,21 @@ fn measure(vm: &Vm, driver: &Driver, work: Work, time: Duration) -> Result<Optio
         Work::Fio(options) => {
             let options = format!("--direct=1 --norandommap --randrepeat=0 {options}");
             fio::run(vm, &device, &options, time).map(Some)
+        }
+        Work::Threads(threads, options) => {
+            let options = format!("--direct=1 --norandommap --randrepeat=0 {options}");
+            fio::threads(vm, &device, &options, threads, time).map(Some)
+        }
+        Work::Fsync(threads) => {
+            // Nothing is left to be initialized or allocated while it is measured.
+            vm.sh(&format!(
+                "mkfs.ext4 -q -F -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 {device}
+                 mkdir -p /mnt/bench && mount {} {device} /mnt/bench",
+                if driver.dax { "-o dax=always" } else { "" }
+            ))?;
+            let measured = fio::threads(vm, "/mnt/bench", FSYNC, threads, time);
+            vm.sh("umount /mnt/bench")?;
+            measured.map(Some)
         }
         Work::Mmap(_) if !driver.dax => Ok(None),
         Work::Mmap(op) => {

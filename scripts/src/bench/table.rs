@@ -2,11 +2,12 @@
 
 //! What was measured, and the tables that it makes.
 
+use serde::Serialize;
 use std::fmt::Write as _;
 use std::ops::AddAssign;
 
 /// What was measured of one side of a row, in all rounds.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Measured {
     /// How many operations there were.
     pub operations: f64,
@@ -21,7 +22,7 @@ pub struct Measured {
 }
 
 /// Instructions of a system call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Instructions {
     /// Those of the driver, except for those that copy.
     pub module: u64,
@@ -58,7 +59,8 @@ impl AddAssign for Measured {
 }
 
 /// What a row is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Unit {
     /// Many small operations: how many there are in a second.
     Operations,
@@ -68,6 +70,8 @@ pub enum Unit {
     Bandwidth,
     /// One operation: how long it takes.
     Time,
+    /// How many bytes something takes.
+    Memory,
     /// A system call: which instructions it takes.
     Call,
 }
@@ -83,6 +87,7 @@ enum Quantity {
     MillisecondsOfCpu,
     Instructions,
     MillionInstructions,
+    Mebibytes,
     ModuleInstructions,
     CopyInstructions,
     CallInstructions,
@@ -97,6 +102,7 @@ impl Quantity {
         Self::Bandwidth,
         Self::Milliseconds,
         Self::MillisecondsOfCpu,
+        Self::Mebibytes,
         Self::ModuleInstructions,
         Self::CopyInstructions,
         Self::CallInstructions,
@@ -119,6 +125,7 @@ impl Quantity {
             Self::MillisecondsOfCpu => "milliseconds of CPU time",
             Self::Instructions => "instructions an operation",
             Self::MillionInstructions => "millions of instructions",
+            Self::Mebibytes => "MiB",
             Self::ModuleInstructions => "instructions of the driver, without the copy",
             Self::CopyInstructions => "instructions of the copy",
             Self::CallInstructions => "instructions of the whole system call",
@@ -133,7 +140,7 @@ impl Quantity {
             | Self::CopyInstructions
             | Self::CallInstructions => 0,
             Self::Operations | Self::OperationsOfCpu => 1,
-            Self::Bandwidth => 2,
+            Self::Bandwidth | Self::Mebibytes => 2,
             Self::Milliseconds | Self::MillisecondsOfCpu | Self::MillionInstructions => 3,
         }
     }
@@ -147,6 +154,7 @@ impl Quantity {
             Self::MillisecondsOfCpu => matches!(unit, Unit::Waits | Unit::Time),
             Self::Instructions => matches!(unit, Unit::Operations | Unit::Bandwidth),
             Self::Milliseconds | Self::MillionInstructions => unit == Unit::Time,
+            Self::Mebibytes => unit == Unit::Memory,
             Self::ModuleInstructions | Self::CopyInstructions | Self::CallInstructions => {
                 unit == Unit::Call
             }
@@ -168,6 +176,7 @@ impl Quantity {
             Self::MillionInstructions => {
                 Some(each(measured.cpu_seconds.unwrap_or(measured.seconds), 1e-3))
             }
+            Self::Mebibytes => Some(measured.bytes / f64::from(1 << 20)),
             Self::ModuleInstructions => Some(measured.instructions?.module as f64),
             Self::CopyInstructions => Some(measured.instructions?.copy as f64),
             Self::CallInstructions => Some(measured.instructions?.call as f64),
@@ -176,6 +185,7 @@ impl Quantity {
 }
 
 /// A row, with a column for each of what is compared.
+#[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// What was done.
     pub title: &'static str,
@@ -185,6 +195,46 @@ pub struct Row {
     pub sides: Vec<Option<Measured>>,
 }
 
+/// A number of each row that has it.
+pub struct Series {
+    /// What it is.
+    pub heading: &'static str,
+    /// How many digits of it to show after the point.
+    pub digits: usize,
+    /// The rows: their titles, and what each side has.
+    pub rows: Vec<(&'static str, Vec<Option<f64>>)>,
+}
+
+/// What there is to show of `rows`. `counted` says that the clock counted instructions.
+pub fn series(rows: &[Row], counted: bool) -> Vec<Series> {
+    let quantities = if counted {
+        Quantity::COUNTED
+    } else {
+        Quantity::TIMED
+    };
+    let mut all = Vec::new();
+    for quantity in quantities {
+        let values = |row: &Row| -> Vec<Option<f64>> {
+            let sides = row.sides.iter();
+            sides.map(|side| quantity.of(side.as_ref()?)).collect()
+        };
+        let rows: Vec<_> = rows
+            .iter()
+            .filter(|row| quantity.is_of(row.unit))
+            .map(|row| (row.title, values(row)))
+            .filter(|(_, values)| values.iter().any(Option::is_some))
+            .collect();
+        if !rows.is_empty() {
+            all.push(Series {
+                heading: quantity.heading(),
+                digits: quantity.digits(),
+                rows,
+            });
+        }
+    }
+    all
+}
+
 /// A table of `rows` whose columns have these names. `counted` says that the clock counted instructions.
 pub fn text(columns: &[&str], rows: &[Row], counted: bool) -> String {
     let mut out = String::new();
@@ -192,43 +242,29 @@ pub fn text(columns: &[&str], rows: &[Row], counted: bool) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(out, "{}", text.trim_end());
     };
-    let quantities = if counted {
-        Quantity::COUNTED
-    } else {
-        Quantity::TIMED
-    };
-    for quantity in quantities {
-        let mut heading = format!("{:<46}", quantity.heading());
+    for series in series(rows, counted) {
+        line(String::new());
+        let mut heading = format!("{:<46}", series.heading);
         for column in columns {
             let _ = write!(heading, "{column:>10}");
         }
         for (other, width) in others(columns.len()) {
             let _ = write!(heading, "{:>width$}", format!("/ {}", columns[other]));
         }
-        let mut heading = Some(heading);
-        for row in rows.iter().filter(|row| quantity.is_of(row.unit)) {
-            let values: Vec<Option<f64>> = row
-                .sides
-                .iter()
-                .map(|side| quantity.of(side.as_ref()?))
-                .collect();
-            if values.iter().all(Option::is_none) {
-                continue;
-            }
-            if let Some(heading) = heading.take() {
-                line(String::new());
-                line(heading);
-            }
-            let mut text = format!("  {:<44}", row.title);
+        line(heading);
+        for (title, values) in series.rows {
+            let mut text = format!("  {title:<44}");
             for value in &values {
                 let _ = match value {
-                    Some(value) => write!(text, "{value:>10.*}", quantity.digits()),
+                    Some(value) => write!(text, "{value:>10.*}", series.digits),
                     None => write!(text, "{:>10}", "-"),
                 };
             }
             for (other, width) in others(values.len()) {
+                // Nothing is no measure.
                 let ratio = values[0]
                     .zip(values[other])
+                    .filter(|&(_, theirs)| theirs != 0.0)
                     .map(|(ours, theirs)| ours / theirs);
                 let _ = match ratio {
                     Some(ratio) => write!(text, "{ratio:>width$.2}"),
@@ -326,6 +362,35 @@ mod tests {
                 "",
                 "millions of instructions a b / b",
                 "plug 10.000 - -",
+            ]
+        );
+    }
+
+    #[test]
+    fn system_calls_have_three_parts() {
+        let instructions = |module, copy, call| {
+            Some(Measured {
+                instructions: Some(Instructions { module, copy, call }),
+                ..Measured::default()
+            })
+        };
+        let rows = [Row {
+            title: "fsync",
+            unit: Unit::Call,
+            sides: vec![instructions(20, 0, 900), instructions(40, 0, 1000)],
+        }];
+        let text = text(&["a", "b"], &rows, false);
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .filter(|line| line.contains("fsync"))
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                ["fsync", "20", "40", "0.50"],
+                ["fsync", "0", "0", "-"],
+                ["fsync", "900", "1000", "0.90"],
             ]
         );
     }

@@ -6,7 +6,7 @@
 //! found, and has to let go of one, which the module then takes.
 
 use super::table::{Measured, Row, Unit};
-use super::{fio, Plan, Table};
+use super::{fio, Part, Plan, Table};
 use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::vm::{Fault, Persistent, Setup, Vm, GIB, MIB, PMEM_KO};
@@ -217,7 +217,10 @@ pub fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
             fsync.as_secs_f64() * 1e3,
             SLOW.as_millis()
         ),
-        parts: vec![(NAMES.into(), table)],
+        parts: vec![Part {
+            columns: NAMES.into(),
+            rows: table,
+        }],
     })
 }
 

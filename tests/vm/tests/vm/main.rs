@@ -5,6 +5,7 @@
 mod allocations;
 mod builtin;
 mod cache;
+mod calls;
 mod crash;
 mod dax;
 mod disks;
