@@ -47,15 +47,17 @@ pub fn load(path: &str, params: &str, file: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Free memory, in bytes.
+/// Free memory, in bytes: also what CPUs keep to themselves, which `MemFree` does not have.
 fn free() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let field = text.lines().find_map(|line| {
-        let kib = line.strip_prefix("MemFree:")?.strip_suffix("kB")?;
-        kib.trim().parse::<u64>().ok()
+    let text = fs::read_to_string("/proc/zoneinfo")?;
+    let pages = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        match words.next()? {
+            "nr_free_pages" | "count:" => words.next()?.parse::<u64>().ok(),
+            _ => None,
+        }
     });
-    let kib = field.ok_or_else(|| io::Error::other("/proc/meminfo has no MemFree"))?;
-    Ok(kib << 10)
+    Ok(pages.sum::<u64>() * 4096)
 }
 
 /// What this process has run, in nanoseconds.

@@ -98,10 +98,10 @@ fn measure(vm: &Vm, column: usize, size: u64) -> Result<Measured> {
         ),
         _ => ours("dev"),
     };
-    // It is loaded at boot. What one CPU keeps to itself of free memory does not count as free.
+    // It is loaded at boot.
     let output = vm.sh(&format!(
         "if test {name} = nd_pmem; then rmmod nd_pmem; fi
-         sync; echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory
+         sync; echo 3 >/proc/sys/vm/drop_caches
          pmem-guest time-load {module} '{params}' {disk}"
     ))?;
     let loaded: Loaded = serde_json::from_str(&output).context("time-load printed no JSON")?;
