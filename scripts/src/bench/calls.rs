@@ -16,14 +16,24 @@ use std::fmt::Write as _;
 /// How often a call is made: some are disturbed, by interrupts above all.
 const CALLS: u32 = 64;
 
-/// What to do, as `pmem-guest calls` knows it, and with how many bytes.
-const ROWS: &[(&str, &str, u64)] = &[
-    ("4 KiB read", "read", 4096),
-    ("4 KiB write", "write", 4096),
-    ("4 KiB write, O_DSYNC", "dsync", 4096),
-    ("fsync", "fsync", 0),
-    ("64 KiB read", "read", 65536),
-    ("64 KiB write", "write", 65536),
+/// What is called.
+#[derive(Clone, Copy)]
+enum On {
+    Disk,
+    /// A file of ext4 with DAX, if the disk has that.
+    DaxFile,
+}
+
+/// What to do with what, as `pmem-guest calls` knows it, and with how many bytes.
+const ROWS: &[(&str, On, &str, u64)] = &[
+    ("4 KiB read", On::Disk, "read", 4096),
+    ("4 KiB write", On::Disk, "write", 4096),
+    ("4 KiB write, O_DSYNC", On::Disk, "dsync", 4096),
+    ("fsync", On::Disk, "fsync", 0),
+    ("64 KiB read", On::Disk, "read", 65536),
+    ("64 KiB write", On::Disk, "write", 65536),
+    ("4 KiB read, DAX file", On::DaxFile, "read", 4096),
+    ("4 KiB write, DAX file", On::DaxFile, "write", 4096),
 ];
 
 /// Functions of the kernel's that copy for drivers.
@@ -53,10 +63,15 @@ pub(super) fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
 
     let step = progress.count("count", (rows.len() * drivers.len()) as u64);
     let mut calls = Vec::new();
-    for &&(title, op, bytes) in &rows {
+    for &&(title, on, op, bytes) in &rows {
         for driver in drivers {
             step.note(&format!("{title}: {}", driver.name));
-            calls.push(count(&vm, driver.disk, op, bytes)?);
+            let disk = format!("/dev/{}", driver.disk);
+            calls.push(match on {
+                On::Disk => count(&vm, &disk, op, bytes)?,
+                On::DaxFile if driver.dax => in_file(&vm, &disk, op, bytes)?,
+                On::DaxFile => Calls::default(),
+            });
             step.tick();
         }
     }
@@ -65,7 +80,7 @@ pub(super) fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     let mut profiles = String::new();
     for ((title, ..), calls) in rows.iter().zip(calls.chunks(drivers.len())) {
         if plan.profile {
-            for (driver, call) in drivers.iter().zip(calls) {
+            for (driver, call) in drivers.iter().zip(calls).filter(|(_, call)| call.all > 0) {
                 profiles += &profile(title, driver.name, call);
             }
         }
@@ -76,7 +91,10 @@ pub(super) fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
         table.push(Row {
             title,
             unit: Unit::Call,
-            sides: calls.iter().map(|call| Some(side(call))).collect(),
+            sides: calls
+                .iter()
+                .map(|call| (call.all > 0).then(|| side(call)))
+                .collect(),
         });
     }
     step.done();
@@ -99,12 +117,23 @@ pub(super) fn table(plan: &Plan, progress: &Progress) -> Result<Table> {
     Ok(table)
 }
 
-/// Has the guest call the system over and over: `op` is `read`, `write`, `dsync` or `fsync`, of a `disk` whose driver is
-/// loaded, and `bytes` long if it has data.
-pub fn count(vm: &Vm, disk: &str, op: &str, bytes: u64) -> Result<Calls> {
-    vm.count_calls(&format!(
-        "pmem-guest calls /dev/{disk} {op} {bytes} {CALLS}"
-    ))
+/// Has the guest call the system over and over: `op` is `read`, `write`, `dsync` or `fsync`, of `path`, a disk or a file of
+/// some MiB, and `bytes` long if it has data.
+pub fn count(vm: &Vm, path: &str, op: &str, bytes: u64) -> Result<Calls> {
+    vm.count_calls(&format!("pmem-guest calls {path} {op} {bytes} {CALLS}"))
+}
+
+/// The same with a file on a new file system on `disk`, which has DAX.
+fn in_file(vm: &Vm, disk: &str, op: &str, bytes: u64) -> Result<Calls> {
+    vm.sh(&format!(
+        "mkfs.ext4 -q -F -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 {disk}
+         mkdir -p /mnt/bench
+         mount -o dax=always,noatime {disk} /mnt/bench
+         dd if=/dev/zero of=/mnt/bench/file bs=16M count=1 2>/dev/null"
+    ))?;
+    let calls = count(vm, "/mnt/bench/file", op, bytes);
+    vm.sh("umount /mnt/bench")?;
+    calls
 }
 
 /// Sums a call up.

@@ -145,7 +145,7 @@ const FSYNC: &str =
 pub(super) struct Driver {
     pub(super) name: &'static str,
     pub(super) disk: &'static str,
-    dax: bool,
+    pub(super) dax: bool,
 }
 
 const DRIVERS: [Driver; 4] = [

@@ -44,12 +44,12 @@ fn system_calls_take_few_instructions() -> Result<()> {
         let mut counted = Vec::new();
         for (op, bytes, ..) in CALLS {
             for disk in DISKS {
-                counted.push(count(vm, disk, op, bytes)?);
+                counted.push(count(vm, &format!("/dev/{disk}"), op, bytes)?);
             }
         }
         // Once more: it is the same.
         let (op, bytes, ..) = CALLS[1];
-        let again = count(vm, DISKS[0], op, bytes)?;
+        let again = count(vm, &format!("/dev/{}", DISKS[0]), op, bytes)?;
         ensure!(again.count() == counted[2].count(), "{op} differs");
 
         let named = vm.name_calls(&counted)?;
