@@ -206,14 +206,14 @@ fn machine(memory: &Persistent) -> Result<Builder<'_>> {
 /// A database or a file system that relies on the disk must find what it was promised.
 #[test]
 fn nothing_is_lost_or_torn_by_power_losses_at_random_moments() -> Result<()> {
-    lose_power(variable(CUTS, 50)?, true)
+    lose_power(variable(CUTS, 24)?, true)
 }
 
 /// Without atomic writes a block may be torn whose write was under way, and no other; the journal of a file system is
 /// made for that.
 #[test]
 fn only_what_was_under_way_is_torn_without_atomic_writes() -> Result<()> {
-    lose_power(variable(CUTS, 50)?.div_ceil(17), false)
+    lose_power(variable(CUTS, 24)?.div_ceil(8), false)
 }
 
 /// The checks above find what a power loss must not leave.
