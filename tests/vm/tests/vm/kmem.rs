@@ -8,6 +8,7 @@ mod corruption;
 mod instances;
 mod limits;
 mod memory;
+mod notifiers;
 mod power;
 mod pressure;
 mod refusals;
