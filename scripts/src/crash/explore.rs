@@ -12,7 +12,7 @@ use crate::vm::{Random, UPPER};
 use anyhow::{Context, Error, Result};
 use pmem_core::kmem::PAGE_SIZE;
 use pmem_guest::script::Step;
-use pmem_trace::domain::{Patch, Rules};
+use pmem_trace::domain::{Domain, Patch, Rules};
 use pmem_trace::record::Event;
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeSet, HashSet};
@@ -212,6 +212,41 @@ fn points(events: &[Event], most: usize, random: &mut Choose) -> BTreeSet<usize>
     chosen
 }
 
+/// What was recorded, up to a moment: what is durable by then, and what must be.
+struct Player<'a> {
+    recording: &'a Recording,
+    oracle: Oracle,
+    domain: Domain,
+    /// How many marks there were: one before each step, and one after it.
+    marks: usize,
+}
+
+impl<'a> Player<'a> {
+    fn new(recording: &'a Recording, rules: Rules) -> Result<Self> {
+        Ok(Self {
+            recording,
+            oracle: Oracle::new(recording)?,
+            domain: recording.domain(rules),
+            marks: 0,
+        })
+    }
+
+    /// Goes on by an event.
+    fn play(&mut self, event: &Event) -> Result<()> {
+        self.domain.apply(event)?;
+        if let Event::Mark { .. } = event {
+            if let Some(step) = self.recording.case.steps.get(self.marks / 2) {
+                match self.marks % 2 {
+                    0 => self.oracle.begin(step),
+                    _ => self.oracle.done(step),
+                }
+            }
+            self.marks += 1;
+        }
+        Ok(())
+    }
+}
+
 /// Looks at states of what was recorded. Those of a file system need a `checker`.
 pub fn explore(
     recording: &Recording,
@@ -232,33 +267,22 @@ pub fn explore(
         &mut random,
     );
     let mut report = Report::default();
-    let mut oracle = Oracle::new(recording)?;
-    let mut domain = recording.domain(limits.rules);
+    let mut player = Player::new(recording, limits.rules)?;
     let mut image = Image::new(recording.start.clone());
     let mut seen = HashSet::new();
-    let mut marks = 0;
     let mut left = points.len();
     for (n, event) in recording.events.iter().enumerate() {
-        domain.apply(event)?;
-        if let Event::Mark { .. } = event {
-            if let Some(step) = recording.case.steps.get(marks / 2) {
-                match marks % 2 {
-                    0 => oracle.begin(step),
-                    _ => oracle.done(step),
-                }
-            }
-            marks += 1;
-        }
+        player.play(event)?;
         if !points.contains(&(n + 1)) {
             continue;
         }
         report.points += 1;
-        image.apply(&domain.take_durable());
+        image.apply(&player.domain.take_durable());
         // What a moment does not need is for those after it.
         let share = (states.saturating_sub(report.checked)).div_ceil(left.max(1));
         left -= 1;
         let bound = if share == 1 { SOME } else { share };
-        let all = domain.states(bound, limits.seed ^ n as u64);
+        let all = player.domain.states(bound, limits.seed ^ n as u64);
         let skip = match share {
             1 => random.below(all.len() as u64) as usize,
             _ => 0,
@@ -266,10 +290,10 @@ pub fn explore(
         for state in all.skip(skip).take(share) {
             report.states += 1;
             let undo = image.apply(&state.patches);
-            if seen.insert((image.hash, marks)) {
+            if seen.insert((image.hash, player.marks)) {
                 // Spread over all of them.
                 let mounts = report.mounted * states < limits.images * (report.checked + 1);
-                let found = oracle.check(&image.bytes, mounts, checker)?;
+                let found = player.oracle.check(&image.bytes, mounts, checker)?;
                 report.checked += 1;
                 report.mounted = checker.as_ref().map_or(0, Checker::mounted);
                 if let Err(why) = found {
@@ -307,25 +331,14 @@ pub fn again(
     patches: &[Patch],
     checker: &mut Option<Checker<'_>>,
 ) -> Result<(Vec<u8>, Result<(), String>)> {
-    let mut oracle = Oracle::new(recording)?;
-    let mut domain = recording.domain(rules);
-    let mut marks = 0;
+    let mut player = Player::new(recording, rules)?;
     for event in recording.events.iter().take(events) {
-        domain.apply(event)?;
-        if let Event::Mark { .. } = event {
-            if let Some(step) = recording.case.steps.get(marks / 2) {
-                match marks % 2 {
-                    0 => oracle.begin(step),
-                    _ => oracle.done(step),
-                }
-            }
-            marks += 1;
-        }
+        player.play(event)?;
     }
     let mut image = Image::new(recording.start.clone());
-    image.apply(&domain.take_durable());
+    image.apply(&player.domain.take_durable());
     image.apply(patches);
-    let found = oracle.check(&image.bytes, true, checker)?;
+    let found = player.oracle.check(&image.bytes, true, checker)?;
     Ok((image.bytes, found))
 }
 
