@@ -5,12 +5,11 @@
 
 use super::{attribute, load_movable, prepare, ram, said, set_state, take_down, try_state};
 use anyhow::{ensure, Result};
-use vm_tests::{boot, load, machine, wanted, Trace, MIB};
-use xtask::flavour::Flavour;
+use vm_tests::{boot, load, stock, Trace, MIB};
 use xtask::vm::{Vm, PMEM_KO};
 
-/// A module of the kernel's that says no when it is told to, which the debug kernel has.
-const MODULE: &str = "memory-notifier-error-inject";
+/// A module of the kernel's that says no when it is told to.
+const MODULE: &str = "memory_notifier_error_inject";
 
 const LOAD: &str = "kmem_start=4G kmem_size=256M kmem_format=blk";
 
@@ -25,10 +24,7 @@ fn say(vm: &Vm, event: &str, errno: i32) -> Result<()> {
 
 #[test]
 fn memory_that_others_refuse() -> Result<()> {
-    if !wanted(Flavour::Debug)? {
-        return Ok(());
-    }
-    boot(machine(Flavour::Debug)?.module(MODULE), |vm| {
+    boot(stock()?.module(MODULE), |vm| {
         prepare(vm)?;
         vm.sh("pmem-guest fill /tmp/x 4194304 5")?;
         for priority in [1, -1] {
