@@ -30,7 +30,10 @@ const ALL: &str = "PMEM_FAIL_ALL";
 
 /// A function of the kernel's that does not survive a failure: it makes page tables of the kernel's own mapping of
 /// memory, and uses what it is given unseen.
-const FATAL: &str = "init_memory_mapping";
+const PAGE_TABLES: &str = "init_memory_mapping";
+
+/// Another one: it has KASAN's shadow of memory that comes, and frees it twice when that is short of memory.
+const SHADOW: &str = "kasan_mem_notifier";
 
 /// How many faults are told of a walk.
 const TOLD: usize = 8;
@@ -43,9 +46,20 @@ fn debug() -> Result<Option<Builder<'static>>> {
     }
 }
 
-/// Has all allocations be ones that may fail, but for those that debugging makes for itself, and has the log say who
-/// asked.
-fn prepare(vm: &Vm) -> Result<()> {
+/// The same with memory at 4 GiB whose page tables are there already, as another driver has some of the same GiB, and the
+/// disk pmem0: those of [`PAGE_TABLES`] never fail.
+fn debug_mapped() -> Result<Option<Builder<'static>>> {
+    Ok(debug()?.map(|machine| {
+        machine
+            .cmdline("memmap=64M!4992M")
+            .module("nd_pmem")
+            .module("nd_e820")
+    }))
+}
+
+/// Has all allocations be ones that may fail, but for those that debugging makes for itself and those below the function
+/// `fatal` of the kernel's, and has the log say who asked.
+fn prepare(vm: &Vm, fatal: &str) -> Result<()> {
     vm.sh_for(
         "cd /sys/kernel/debug
          for fault in failslab fail_page_alloc; do
@@ -63,24 +77,23 @@ fn prepare(vm: &Vm) -> Result<()> {
          # Locks are not what this is about, and to prove them right takes half of the time.
          echo 0 >/proc/sys/kernel/prove_locking
          # The console is slow, and what is said is read from the log.
-         dmesg -n 1",
+         dmesg -n 1
+         grep -v '\\[' /proc/kallsyms | cut -d' ' -f1,3 | sort >/tmp/symbols",
         LONG,
-    )
-    .map(drop)
+    )?;
+    limit(vm, "reject", fatal)
 }
 
-/// Counts the allocations alone that are made below the function `from` of the kernel's, and not below those of
-/// [`FATAL`].
-fn below(vm: &Vm, from: &str) -> Result<()> {
+/// Lets allocations fail alone that are (`require`) or are not (`reject`) made below `function` of the kernel's.
+fn limit(vm: &Vm, how: &str, function: &str) -> Result<()> {
     vm.sh_for(
         &format!(
-            "grep -v '\\[' /proc/kallsyms | cut -d' ' -f1,3 | sort >/tmp/symbols
-             limit() {{ # fault, limit, symbol, 1 for its start or 2 for its end
-                 echo 0x$(grep -A1 \" $3$\" /tmp/symbols | sed -n \"$4s/ .*//p\") >/sys/kernel/debug/$1/$2
+            "place() {{ # 1 for its start or 2 for its end
+                 echo 0x$(grep -A1 ' {function}$' /tmp/symbols | sed -n \"$1s/ .*//p\")
              }}
              for fault in failslab fail_page_alloc; do
-                 limit $fault require-start {from} 1; limit $fault require-end {from} 2
-                 limit $fault reject-start {FATAL} 1; limit $fault reject-end {FATAL} 2
+                 place 1 >/sys/kernel/debug/$fault/{how}-start
+                 place 2 >/sys/kernel/debug/$fault/{how}-end
              done"
         ),
         LONG,
@@ -123,7 +136,7 @@ fn walk(
     from: &str,
     mut after: impl FnMut(&Outcome, &str) -> Result<()>,
 ) -> Result<u32> {
-    below(vm, from)?;
+    limit(vm, "require", from)?;
     let (mut refused, mut faults) = (0, Vec::new());
     // Who asked for an allocation that has failed, nobody if there are not as many.
     let mut known: BTreeMap<u32, Option<String>> = BTreeMap::new();
@@ -203,15 +216,25 @@ fn walk(
     Ok(refused)
 }
 
-/// What the kernel complained of, but for its own warning that it cannot make a new node, as there was no memory: it
-/// then goes on with an error.
+/// The kernel's own warnings that there was no memory, after which it goes on with an error: the function that was
+/// short of it, and the place that warns.
+const WARNINGS: [(&str, &str); 2] = [
+    // It cannot make a new node.
+    ("register_node+", " at __add_memory_resource+"),
+    // It cannot make struct pages; once.
+    ("__add_pages+", " at arch_add_memory+"),
+];
+
+/// What the kernel complained of, but for [`WARNINGS`].
 fn complaints(log: &str) -> Vec<String> {
     const BEGIN: &str = "[ cut here ]";
-    const NODE: &str = " at __add_memory_resource+";
 
     let mut complaints = Vm::complaints_in(log);
-    if stack(log).any(|frame| frame.starts_with("register_node+")) {
-        while let Some(at) = complaints.iter().position(|line| line.contains(NODE)) {
+    for (short, place) in WARNINGS {
+        if !stack(log).any(|frame| frame.starts_with(short)) {
+            continue;
+        }
+        while let Some(at) = complaints.iter().position(|line| line.contains(place)) {
             complaints.remove(at);
             let begin = complaints
                 .iter()
@@ -302,11 +325,11 @@ fn differing(before: &str, now: &str) -> String {
 
 /// Memory is short when the driver is loaded.
 fn loads_fail_cleanly(loads: &[(&str, &[&str])]) -> Result<()> {
-    let Some(machine) = debug()? else {
+    let Some(machine) = debug_mapped()? else {
         return Ok(());
     };
     boot(machine, |vm| {
-        prepare(vm)?;
+        prepare(vm, SHADOW)?;
         crate::kmem::prepare(vm)?;
         for (params, disks) in loads {
             let take_down = match params.starts_with("kmem") {
@@ -332,8 +355,8 @@ fn a_load_of_ram_and_storage_fails_cleanly() -> Result<()> {
 #[test]
 fn a_load_of_disks_fails_cleanly() -> Result<()> {
     loads_fail_cleanly(&[(
-        "pmem_start=4G pmem_size=64M pmem_count=2 pmem_virtio=0 iopmem=0",
-        &["pmem0", "pmem1"],
+        "pmem_start=4G pmem_size=64M pmem_count=2 pmem_first=1 pmem_virtio=0 iopmem=0",
+        &["pmem1", "pmem2"],
     )])
 }
 
@@ -345,12 +368,12 @@ fn a_load_in_another_mode_fails_cleanly() -> Result<()> {
             &[],
         ),
         (
-            "pmem_start=4G pmem_size=128M pmem_cache=wt pmem_virtio=0 iopmem=0",
-            &["pmem0"],
+            "pmem_start=4G pmem_size=128M pmem_first=1 pmem_cache=wt pmem_virtio=0 iopmem=0",
+            &["pmem1"],
         ),
         (
-            "pmem_start=4G pmem_size=128M pmem_memmap=dev pmem_virtio=0 iopmem=0",
-            &["pmem0"],
+            "pmem_start=4G pmem_size=128M pmem_first=1 pmem_memmap=dev pmem_virtio=0 iopmem=0",
+            &["pmem1"],
         ),
         ("pmem_virtio=1 iopmem=1", &[]),
     ])
@@ -365,7 +388,7 @@ fn probes_fail_cleanly() -> Result<()> {
     let (memory, bar) = (Persistent::new(64 * MIB)?, Persistent::new(64 * MIB)?);
     let machine = machine.upper(0).virtio_pmem(&memory).bar(&bar);
     boot(machine, |vm| {
-        prepare(vm)?;
+        prepare(vm, PAGE_TABLES)?;
         load(vm, "")?;
         let function = vm.bar(0);
         vm.sh(&format!(
@@ -426,17 +449,17 @@ fn probes_fail_cleanly() -> Result<()> {
 fn changes_and_requests_fail_cleanly() -> Result<()> {
     const STATE: &str = "/sys/devices/faux/kmem1/state";
 
-    let Some(machine) = debug()? else {
+    let Some(machine) = debug_mapped()? else {
         return Ok(());
     };
     boot(machine, |vm| {
-        prepare(vm)?;
+        prepare(vm, SHADOW)?;
         crate::kmem::prepare(vm)?;
         load(
             vm,
-            "pmem_start=4G pmem_size=64M kmem_start=4224M kmem_size=128M kmem_format=blk",
+            "pmem_start=4G pmem_size=64M pmem_first=1 kmem_start=4224M kmem_size=128M kmem_format=blk",
         )?;
-        for disk in ["/dev/pmem0", "/dev/kmem1"] {
+        for disk in ["/dev/pmem1", "/dev/kmem1"] {
             let whole = |seed: u64| {
                 let call = format!("fail-nth {FAR} disk-write {disk} 4096 409600 {seed}");
                 vm.sh(&format!("pmem-guest {call}"))
