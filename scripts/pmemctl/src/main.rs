@@ -1,63 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! `pmemctl`: shows and checks a range that is memory and storage at once, while nobody uses it.
+//! `pmemctl`: plans, examines and shows the disks of the module `pmem`, and checks images of ranges that are RAM and
+//! storage at once.
 
 #![forbid(unsafe_code)]
 
+mod bench;
+mod cli;
+mod config;
+mod doctor;
 mod image;
+mod list;
+mod memmap;
+mod memory;
+mod plan;
 mod report;
+mod system;
 
-use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use anyhow::{bail, Context, Result};
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
 use image::Image;
-use pmem_core::size;
+use list::List;
+use plan::{Plan, Wanted};
 use report::{Report, Status};
-use std::io::Write;
-use std::path::PathBuf;
+use serde::Serialize;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
+use system::System;
 
 /// The exit code of wrong arguments, as fsck has it.
 const USAGE: u8 = 16;
-
-/// Shows and checks a range that is memory and storage at once (kmem), in an image or a device.
-#[derive(Parser)]
-#[command(name = "pmemctl", version, after_help = AFTER_HELP)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-const AFTER_HELP: &str = "\
-Nothing is ever written. While the driver uses the range, what is found may be wrong.
-
-Exit codes, as those of fsck:
-   0  in order
-   4  there are faults
-   8  it cannot be read, or it is not such a range
-  16  wrong arguments";
-
-#[derive(Subcommand)]
-enum Command {
-    /// Check the superblocks and the index.
-    Check(Range),
-    /// Show what both superblocks say, and how many blocks have data.
-    Show(Range),
-}
-
-#[derive(Args)]
-struct Range {
-    /// A file or a device that has the range.
-    image: PathBuf,
-    /// Where the range starts in it, in bytes or with a unit.
-    #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = size::parse)]
-    start: u64,
-    /// The size of the range, in bytes or with a unit; else it is all from its start on.
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    size: Option<u64>,
-    /// Print JSON, for scripts.
-    #[arg(long)]
-    json: bool,
-}
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -69,7 +43,7 @@ fn main() -> ExitCode {
         }
     };
 
-    match run(&cli.command) {
+    match run(&cli) {
         Ok(status) => ExitCode::from(status as u8),
         Err(error) => {
             eprintln!("pmemctl: {error:#}");
@@ -78,12 +52,87 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command) -> Result<Status> {
-    let (range, is_check) = match command {
-        Command::Check(range) => (range, true),
-        Command::Show(range) => (range, false),
-    };
+fn run(cli: &Cli) -> Result<Status> {
+    let system = System::new(&cli.sysroot);
+    match &cli.command {
+        Command::Plan(plan) => self::plan(&system, plan),
+        Command::Doctor { json } => {
+            let findings = doctor::examine(&system);
+            print(*json, &findings, || findings.show())?;
+            Ok(match findings.is_well() {
+                true => Status::InOrder,
+                false => Status::Faults,
+            })
+        }
+        Command::List { json } => {
+            let list = List::read(&system);
+            print(*json, &list, || list.show())?;
+            if list.disks.is_empty() && list.kmem.is_empty() && !json {
+                eprintln!("pmemctl: there are no disks of the module; pmemctl doctor says why");
+            }
+            Ok(Status::InOrder)
+        }
+        Command::Check(range) => look(range, Report::check, |report| report.status),
+        Command::Show(range) => look(range, Report::show, |report| report.status_of_superblock),
+        Command::Bench(bench) => {
+            let rows = bench::run(&bench.device, Duration::from_secs(bench.seconds.into()))?;
+            print(bench.json, &rows, || bench::show(&rows))?;
+            Ok(Status::InOrder)
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "pmemctl", &mut script);
+            write(&script)?;
+            Ok(Status::InOrder)
+        }
+    }
+}
 
+fn plan(system: &System, args: &cli::Plan) -> Result<Status> {
+    let plan = Plan::new(
+        system,
+        Wanted {
+            size: args.size,
+            count: args.count,
+            node: args.node,
+        },
+    )?;
+    print(args.json, &plan, || plan.show())?;
+    if !args.write {
+        return Ok(Status::InOrder);
+    }
+
+    let changes = plan.changes(system)?;
+    if !changes.iter().any(config::Change::is_any) {
+        eprintln!("pmemctl: all of it is written already");
+        return Ok(Status::InOrder);
+    }
+    let mut diff = String::new();
+    for change in &changes {
+        diff += &change.diff();
+    }
+    eprint!("\n{diff}");
+    if std::io::stdin().is_terminal() && !args.yes {
+        eprint!("\nWrite this? [y/N] ");
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+            bail!("nothing was written");
+        }
+    }
+    for change in &changes {
+        change.write()?;
+    }
+    eprintln!("pmemctl: written; now update-grub, and boot again");
+    Ok(Status::InOrder)
+}
+
+/// Looks at a range that is RAM and storage at once.
+fn look(
+    range: &cli::Range,
+    text: impl Fn(&Report) -> String,
+    status: impl Fn(&Report) -> Status,
+) -> Result<Status> {
     let report = Image::open(&range.image, range.start, range.size)
         .and_then(|image| Report::new(&image))
         .with_context(|| range.image.display().to_string());
@@ -91,19 +140,21 @@ fn run(command: &Command) -> Result<Status> {
         Err(error) if range.json => Report::failed(&error),
         other => other?,
     };
+    print(range.json, &report, || text(&report))?;
+    Ok(status(&report))
+}
 
-    let status = if is_check {
-        report.status
-    } else {
-        report.status_of_superblock
+/// Prints what is to be told, as JSON or as text.
+fn print(json: bool, what: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+    let text = match json {
+        true => serde_json::to_string_pretty(what)? + "\n",
+        false => text(),
     };
-    let text = match (range.json, is_check) {
-        (true, _) => serde_json::to_string_pretty(&report)? + "\n",
-        (false, true) => report.check(),
-        (false, false) => report.show(),
-    };
+    write(text.as_bytes())
+}
+
+fn write(bytes: &[u8]) -> Result<()> {
     std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("the report cannot be written")?;
-    Ok(status)
+        .write_all(bytes)
+        .context("the report cannot be written")
 }
