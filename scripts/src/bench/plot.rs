@@ -17,7 +17,7 @@ const TITLES: i32 = 290;
 const VALUES: i32 = 80;
 const BAR: i32 = 14;
 const GAP: i32 = 9;
-const HEAD: i32 = 62;
+const HEAD: i32 = 82;
 
 const FONT: (&str, i32) = ("sans-serif", 15);
 
@@ -77,8 +77,8 @@ fn draw(columns: &[&str], series: &Series, machine: &str) -> Result<String> {
         area.draw_text(machine, &text(FONT.1 - 2, left), (MARGIN, 38))?;
         for (n, column) in columns.iter().enumerate() {
             let x = TITLES + n as i32 * 110;
-            area.draw(&Rectangle::new([(x, 33), (x + 10, 43)], colour(n).filled()))?;
-            area.draw_text(column, &text(FONT.1, left), (x + 15, 38))?;
+            area.draw(&Rectangle::new([(x, 55), (x + 10, 65)], colour(n).filled()))?;
+            area.draw_text(column, &text(FONT.1, left), (x + 15, 60))?;
         }
         for (n, (title, values)) in series.rows.iter().enumerate() {
             let top = HEAD + n as i32 * group;
