@@ -156,6 +156,7 @@ void pmem_helper_virtio_synchronize_cbs(struct virtio_device *vdev);
 void pmem_helper_virtio_del_vqs(struct virtio_device *vdev);
 int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_len, void *in,
 			      unsigned int in_len, void *token);
+void pmem_helper_kmemleak_not_leak(const void *ptr);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 /* kunit/virtio.rs */

@@ -10,6 +10,7 @@
 #include <linux/gfp.h>
 #include <linux/io.h>
 #include <linux/kasan.h>
+#include <linux/kmemleak.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
 #include <linux/nodemask.h>
@@ -340,6 +341,11 @@ int pmem_helper_virtqueue_add(struct virtqueue *vq, void *out, unsigned int out_
 	sg_init_one(&request, out, out_len);
 	sg_init_one(&response, in, in_len);
 	return virtqueue_add_sgs(vq, sgs, 1, 1, token, GFP_ATOMIC);
+}
+
+void pmem_helper_kmemleak_not_leak(const void *ptr)
+{
+	kmemleak_not_leak(ptr);
 }
 
 #if IS_BUILTIN(CONFIG_KUNIT)

@@ -244,6 +244,14 @@ impl<O: AsBytes, I: FromBytes + Copy> Buffer<O, I> {
         };
         Ok(KBox::new(buffer, GFP_ATOMIC)?)
     }
+
+    /// Gives a buffer up that the host may yet write to: its memory is nobody's any more, and is not
+    /// reported as leaked.
+    pub(crate) fn abandon(buffer: KBox<Self>) {
+        let buffer: *const Self = KBox::leak(buffer);
+        // SAFETY: It is where an allocation begins, and nobody frees that.
+        unsafe { bindings::pmem_helper_kmemleak_not_leak(buffer.cast()) };
+    }
 }
 
 /// What could not be sent.

@@ -61,7 +61,6 @@ use crate::{
     },
     reserve::Place, //
 };
-use core::mem::forget;
 use kernel::{
     device_id::IdArray,
     impl_has_work,
@@ -331,7 +330,7 @@ impl virtio::Driver for VirtioPmem {
             let response = used.response();
             if response == Some(UNANSWERED) {
                 // The request is at the host yet, see `returned()`; its answer would be the next one's.
-                forget(used.buffer);
+                Buffer::abandon(used.buffer);
                 self.fail("the host has answered what it was not asked");
                 continue;
             }
@@ -356,7 +355,7 @@ impl virtio::Driver for VirtioPmem {
     /// and its answer is taken for that to the request that is sent next. So nobody gets this buffer any
     /// more, and the next one is not answered by what is written here.
     fn returned(&self, buffer: KBox<Flush>) {
-        forget(buffer);
+        Buffer::abandon(buffer);
     }
 
     fn needs_reset(&self) {
