@@ -666,6 +666,10 @@ impl dax::Operations for PmemDevice {
 pub(crate) mod tests {
     use super::*;
     use crate::kapi::{
+        compat::{
+            EHWPOISON,
+            EOPNOTSUPP, //
+        },
         kunit::{
             self,
             buffer, //

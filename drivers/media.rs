@@ -21,6 +21,7 @@ use crate::{
     kapi::{
         badblocks::Badblocks,
         bio::Status,
+        compat::EHWPOISON,
         dax::Holder,
         mapping::{
             FailureFlags,

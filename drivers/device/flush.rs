@@ -15,6 +15,10 @@ use crate::{
             List,
             Status, //
         },
+        compat::{
+            new_spinlock_irq,
+            SpinLockIrq, //
+        },
         workqueue::ReclaimQueue, //
     },
     pmem_core::flush::{
@@ -26,12 +30,10 @@ use crate::{
 use core::mem;
 use kernel::{
     new_condvar,
-    new_spinlock_irq,
     prelude::*,
     sync::{
         Arc,
-        CondVar,
-        SpinLockIrq, //
+        CondVar, //
     },
     time::{
         delay::fsleep,

@@ -15,6 +15,7 @@
 #include <linux/memory.h>
 #include <linux/memory-tiers.h>
 #include <linux/pci.h>
+#include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #if IS_BUILTIN(CONFIG_KUNIT)
@@ -112,6 +113,13 @@ bool pmem_helper_platform_is_bound(const char *name);
 bool pmem_helper_dev_dax_range(const struct dev_dax *dev_dax, struct range *range);
 struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax);
 struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax);
+#endif
+
+#ifdef PMEM_KERNEL_7_2
+/* compat/v7_2.rs */
+unsigned long pmem_helper_spin_lock_irqsave(spinlock_t *lock);
+bool pmem_helper_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);
+void pmem_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 #endif
 
 /* badblocks.rs */

@@ -4,7 +4,10 @@
 //!
 //! C header: [`include/linux/bio.h`](srctree/include/linux/bio.h)
 
-use super::bindings;
+use super::{
+    bindings,
+    compat, //
+};
 use crate::pmem_core::{
     extent::{
         self,
@@ -178,7 +181,7 @@ impl Bio {
             vec: bio.bi_io_vec,
             left: bio.bi_iter.bi_size,
             idx: bio.bi_iter.bi_idx,
-            skip: bio.bi_iter.bi_offset,
+            skip: compat::bvec_offset(&bio.bi_iter),
             _bio: PhantomData,
         }
     }

@@ -6,6 +6,7 @@
 
 use super::{
     bindings,
+    compat::EOPNOTSUPP,
     mapping::FailureFlags, //
 };
 use crate::pmem_core::{

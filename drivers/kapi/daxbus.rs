@@ -7,15 +7,17 @@
 //!
 //! C headers: `drivers/dax/bus.h`, `drivers/dax/dax-private.h`
 
-use super::bindings;
+use super::{
+    bindings,
+    compat::ModuleMetadata, //
+};
 use kernel::{
     error::to_result,
     prelude::*,
     types::{
         ForeignOwnable,
         Opaque, //
-    },
-    ModuleMetadata, //
+    }, //
 };
 
 /// A driver of device-dax instances that are bound to it by name, through its `new_id` in sysfs.

@@ -9,7 +9,8 @@
 
 use super::{
     attribute::Attributes,
-    bindings, //
+    bindings,
+    compat::ModuleMetadata, //
 };
 use core::marker::PhantomData;
 use kernel::{
@@ -19,8 +20,7 @@ use kernel::{
     uaccess::{
         UserPtr,
         UserSlice, //
-    },
-    ModuleMetadata, //
+    }, //
 };
 
 /// A directory. That it could not be made is no error, as debugfs has it: then it has no files.

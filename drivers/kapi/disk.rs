@@ -12,6 +12,7 @@ use super::{
     badblocks::Badblocks,
     bindings,
     bio::Bio,
+    compat::ModuleMetadata,
     dax,
     numa::Node, //
 };
@@ -37,8 +38,7 @@ use kernel::{
     sync::{
         aref::ARef,
         Arc, //
-    },
-    ModuleMetadata, //
+    }, //
 };
 
 /// What a disk does with its bios.

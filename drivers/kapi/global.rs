@@ -2,6 +2,7 @@
 
 //! Values that callbacks find which get no pointer of their driver's.
 
+use super::compat::synchronize_rcu;
 use core::{
     marker::PhantomData,
     ptr::{
@@ -88,7 +89,7 @@ impl<T: Send + Sync> Drop for Provided<T> {
     fn drop(&mut self) {
         let value = self.0.value.swap(null_mut(), Ordering::AcqRel);
         // Whoever has read the pointer has a reference of its own after that.
-        rcu::synchronize_rcu();
+        synchronize_rcu();
         if !value.is_null() {
             // SAFETY: By the type invariant the reference is there, and no more to be found.
             drop(unsafe { Arc::from_raw(value) });

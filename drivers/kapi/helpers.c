@@ -25,6 +25,7 @@
 #include <linux/scatterlist.h>
 #include <linux/set_memory.h>
 #include <linux/smp.h>
+#include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/sysfs.h>
 #include <linux/virtio.h>
@@ -165,6 +166,26 @@ struct device *pmem_helper_dev_dax_device(struct dev_dax *dev_dax)
 struct dax_device_driver *pmem_helper_dev_dax_driver(const struct dev_dax *dev_dax)
 {
 	return container_of(dev_dax->dev.driver, struct dax_device_driver, drv);
+}
+#endif
+
+#ifdef PMEM_KERNEL_7_2
+unsigned long pmem_helper_spin_lock_irqsave(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+bool pmem_helper_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags)
+{
+	return spin_trylock_irqsave(lock, *flags);
+}
+
+void pmem_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
 }
 #endif
 

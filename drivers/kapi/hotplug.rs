@@ -23,6 +23,7 @@
 
 use super::{
     bindings,
+    compat,
     mapping::check_struct_pages,
     numa::Node,
     region::Region,
@@ -76,10 +77,10 @@ pub(crate) fn memory_block_size() -> u64 {
 
 /// Whether memory that is added goes online by itself (`auto_online_blocks` in
 /// `/sys/devices/system/memory`). If not, it is of no use to a driver.
+///
+/// Where that cannot be known before, [`Memory::plug`] finds out.
 pub(crate) fn goes_online() -> bool {
-    // SAFETY: Reads a setting.
-    let default = unsafe { bindings::mhp_get_default_online_type() };
-    default != bindings::mmop_MMOP_OFFLINE
+    compat::default_online_type() != Some(bindings::mmop_MMOP_OFFLINE)
 }
 
 /// The memory that comes online right now, null if it is none of ours.

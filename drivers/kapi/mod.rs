@@ -9,6 +9,7 @@ pub(crate) mod attribute;
 pub(crate) mod badblocks;
 mod bindings;
 pub(crate) mod bio;
+pub(crate) mod compat;
 pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod dax;

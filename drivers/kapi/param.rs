@@ -71,7 +71,7 @@ macro_rules! string_params {
                     } else {
                         $crate::kapi::param::c_str(concat!($module, ".", $name, "\0"))
                     }),
-                    mod_: <$crate::LocalModule as ::kernel::ModuleMetadata>::THIS_MODULE.as_ptr(),
+                    mod_: <$crate::LocalModule as $crate::kapi::compat::ModuleMetadata>::THIS_MODULE.as_ptr(),
                     ops: $crate::kapi::param::OPS,
                     perm: 0o444,
                     level: -1,

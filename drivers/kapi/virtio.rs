@@ -9,7 +9,13 @@
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
-use super::bindings;
+use super::{
+    bindings,
+    compat::{
+        new_spinlock_irq,
+        SpinLockIrq, //
+    }, //
+};
 use core::{
     marker::PhantomData,
     mem::{
@@ -39,12 +45,11 @@ use kernel::{
         c_int,
         c_uint, //
     },
-    impl_has_work, new_spinlock_irq, new_work,
+    impl_has_work, new_work,
     prelude::*,
     sync::{
         Arc,
-        ArcBorrow,
-        SpinLockIrq, //
+        ArcBorrow, //
     },
     transmute::{
         AsBytes,

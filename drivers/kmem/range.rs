@@ -24,6 +24,7 @@ use crate::{
             self,
             Attributes, //
         },
+        compat::this_module,
         hotplug::{
             self,
             Memory,
@@ -57,7 +58,6 @@ use crate::{
 };
 use core::sync::atomic::AtomicU64;
 use kernel::{
-    module::this_module,
     new_mutex,
     prelude::*,
     str::CString,

@@ -15,6 +15,10 @@ use crate::{
         PmemDevice, //
     },
     kapi::{
+        compat::{
+            pci_device_table,
+            IdInfo, //
+        },
         debugfs::Dir,
         disk::Disk,
         global::{
@@ -86,7 +90,7 @@ string_params! {
 const NAME: &CStr = c"iopmem";
 
 // One that the vendor has given to no product.
-kernel::pci_device_table!(
+pci_device_table!(
     IDS,
     @none,
     [pci::DeviceId::from_id(pci::Vendor::MICROSEMI, 0xf115)]
@@ -233,7 +237,7 @@ impl pci::Driver for Iopmem {
 
     fn probe<'bound>(
         device: &'bound pci::Device<Core<'_>>,
-        _info: Option<&'bound ()>,
+        _info: IdInfo<'bound, ()>,
     ) -> impl PinInit<Bound, Error> + 'bound {
         let shared = SHARED.get().ok_or(ENODEV)?;
         let number = Number::new(shared.clone())?;

@@ -25,6 +25,11 @@ use crate::{
         PmemDevice, //
     },
     kapi::{
+        compat::{
+            id_array,
+            new_spinlock_irq,
+            SpinLockIrq, //
+        },
         debugfs::Dir,
         disk::{
             self,
@@ -62,11 +67,9 @@ use crate::{
     reserve::Place, //
 };
 use kernel::{
-    device_id::IdArray,
     impl_has_work,
     new_condvar,
     new_mutex,
-    new_spinlock_irq,
     new_work,
     prelude::*,
     str::CString,
@@ -76,8 +79,7 @@ use kernel::{
         CondVar,
         CondVarTimeoutResult,
         Mutex,
-        SetOnce,
-        SpinLockIrq, //
+        SetOnce, //
     },
     time::msecs_to_jiffies,
     workqueue::{
@@ -263,7 +265,7 @@ impl virtio::Driver for VirtioPmem {
     type Response = [u8; 4];
     type Context = Context;
 
-    const ID_TABLE: IdTable = &IdArray::new_without_index([DeviceId::new(ID)]);
+    const ID_TABLE: IdTable = &id_array![DeviceId::new(ID)];
     const FEATURES: &'static [u32] = &[F_SHMEM_REGION];
     const QUEUE: &'static CStr = c"flush_queue";
 

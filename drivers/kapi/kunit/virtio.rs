@@ -13,7 +13,13 @@
 //! C headers: [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h),
 //! [`include/linux/virtio_ring.h`](srctree/include/linux/virtio_ring.h)
 
-use super::super::bindings;
+use super::super::{
+    bindings,
+    compat::{
+        new_spinlock_irq,
+        SpinLockIrq, //
+    }, //
+};
 use core::{
     iter,
     mem::zeroed,
@@ -36,12 +42,9 @@ use kernel::{
         c_uint,
         c_void, //
     },
-    new_spinlock_irq, page,
+    page,
     prelude::*,
-    sync::{
-        Arc,
-        SpinLockIrq, //
-    },
+    sync::Arc,
     types::Opaque,
 };
 
@@ -902,14 +905,20 @@ pub(crate) const WAYS: &[Way] = &[
 mod tests {
     use super::*;
     use crate::{
-        kapi::virtio::{
-            Buffer,
-            Device,
-            DeviceId,
-            Driver,
-            IdTable,
-            Queue,
-            Registration, //
+        kapi::{
+            compat::{
+                id_array,
+                ModuleMetadata, //
+            },
+            virtio::{
+                Buffer,
+                Device,
+                DeviceId,
+                Driver,
+                IdTable,
+                Queue,
+                Registration, //
+            }, //
         },
         LocalModule, //
     };
@@ -919,14 +928,12 @@ mod tests {
     };
     use kernel::{
         device_id::IdArray,
-        new_spinlock_irq,
         sync::ArcBorrow,
         time::{
             delay::fsleep,
             Delta, //
         },
-        transmute::AsBytes,
-        ModuleMetadata, //
+        transmute::AsBytes, //
     };
 
     /// A device type that nobody else has.
@@ -1098,7 +1105,7 @@ mod tests {
         }
     }
 
-    static TABLE: IdArray<DeviceId, (), 1> = IdArray::new_without_index([DeviceId::new(TYPE)]);
+    static TABLE: IdArray<DeviceId, (), 1> = id_array![DeviceId::new(TYPE)];
 
     impl Driver for Tester {
         type Request = Order;
