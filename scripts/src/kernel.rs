@@ -8,7 +8,9 @@
 pub mod config;
 mod debian;
 mod own;
+mod series;
 
+pub use self::series::Series;
 pub use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::repo;
@@ -22,6 +24,10 @@ use std::process::Command;
 pub const SOURCE: &str = "/kernel/src";
 /// Where a kernel's build tree is in the build root.
 pub const BUILD: &str = "/kernel/build";
+
+/// Says which kernels to take instead of the newest series': those of a series, as `7.2`, or one version of Debian's, as
+/// `7.2.12+deb13`.
+pub const KERNEL_VARIABLE: &str = "PMEM_KERNEL";
 
 /// A kernel that is there.
 #[derive(Debug, Clone)]
@@ -54,14 +60,19 @@ enum Tools {
 }
 
 impl Kernel {
-    /// Finds the kernel in the cache, or fetches or builds it. [`Flavour::Builtin`] is brought up to date with
-    /// the repository.
+    /// Finds the kernel in the cache, or fetches or builds it: of the newest series, unless [`KERNEL_VARIABLE`] says
+    /// otherwise. [`Flavour::Builtin`] is brought up to date with the repository.
     pub fn ensure(flavour: Flavour, root: &Root, progress: &Progress) -> Result<Kernel> {
-        debian::pinned(root, progress, |pin| match flavour {
+        chosen(root, progress, |pin| match flavour {
             Flavour::Cloud | Flavour::Amd64 => debian::ensure(pin, flavour, root, progress),
             Flavour::Test | Flavour::Debug => own::ensure(pin, flavour, root, progress),
             Flavour::Builtin => own::ensure_builtin(pin, root, progress),
         })
+    }
+
+    /// The newest version of Debian's kernels in `series` that the mirror has, as `7.2.12+deb13`.
+    pub fn newest(series: Series, root: &Root, progress: &Progress) -> Result<String> {
+        Ok(debian::newest_of(series, root, progress)?.base)
     }
 
     /// Debian's kernel of this release, such as `7.3.4+deb13-amd64`.
@@ -196,24 +207,65 @@ impl Kernel {
     }
 }
 
-/// What the cache has to keep: the directories of the source and of all kernels, as we would make them now.
+/// The series of the kernels that [`Kernel::ensure`] takes.
+pub fn series() -> Result<Series> {
+    let name = chosen_version();
+    match &name {
+        None => Ok(Series::newest()),
+        Some(name) => Series::of(name).with_context(|| unknown(name)),
+    }
+}
+
+/// Calls `get` with the version that [`KERNEL_VARIABLE`] names, or else with that of the newest series.
+fn chosen<T>(
+    root: &Root,
+    progress: &Progress,
+    get: impl Fn(&debian::Pin) -> Result<T>,
+) -> Result<T> {
+    let series = series()?;
+    match chosen_version() {
+        Some(base) if base != series.name() => {
+            let release = format!("{base}-amd64");
+            debian::parse_release(&release).with_context(|| unknown(&base))?;
+            get(&debian::Pin::of_release(&base, &release, root, progress)?)
+        }
+        _ => debian::pinned(series, root, progress, get),
+    }
+}
+
+fn chosen_version() -> Option<String> {
+    std::env::var(KERNEL_VARIABLE)
+        .ok()
+        .filter(|name| !name.is_empty())
+}
+
+fn unknown(name: &str) -> String {
+    let series: Vec<&str> = Series::all().into_iter().map(Series::name).collect();
+    format!(
+        "{KERNEL_VARIABLE} is {name:?}, which is neither one of the series {} nor a version of Debian's in one of \
+         them, such as 7.2.12+deb13",
+        series.join(", ")
+    )
+}
+
+/// What the cache has to keep: the directories of the sources and of all kernels, as we would make them now.
 pub fn directories(root: &Root) -> Result<Vec<PathBuf>> {
-    let Some(pin) = debian::pin() else {
-        return Ok(Vec::new());
-    };
-    let mut all = vec![pin.source_directory()];
-    for flavour in Flavour::ALL {
-        all.push(match flavour.is_stock() {
-            true => debian::directory(&pin, flavour, root),
-            false => own::directory(&pin, flavour, root)?,
-        });
+    let mut all = Vec::new();
+    for pin in Series::all().into_iter().filter_map(debian::pin) {
+        all.push(pin.source_directory());
+        for flavour in Flavour::ALL {
+            all.push(match flavour.is_stock() {
+                true => debian::directory(&pin, flavour, root),
+                false => own::directory(&pin, flavour, root)?,
+            });
+        }
     }
     Ok(all)
 }
 
 /// Checks that all that the fragments of `flavour` ask for is granted. Builds nothing.
 pub fn check_config(flavour: Flavour, root: &Root, progress: &Progress) -> Result<()> {
-    debian::pinned(root, progress, |pin| {
+    chosen(root, progress, |pin| {
         own::check_config(pin, flavour, root, progress)
     })
 }

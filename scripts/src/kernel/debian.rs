@@ -6,7 +6,7 @@
 //! package of the same version with the same configuration and compilers, so all of its symbols agree.
 
 use super::config::Config;
-use super::{make_arguments, Flavour, Kernel, Tools, BUILD, SOURCE};
+use super::{make_arguments, Flavour, Kernel, Series, Tools, BUILD, SOURCE};
 use crate::apt::{Archive, Package};
 use crate::progress::Progress;
 use crate::root::Root;
@@ -17,13 +17,10 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The series that we take kernels from.
-const SERIES: &str = "7.3";
-
 /// About how many lines the build of the Rust metadata prints.
 const METADATA_LINES: u64 = 310;
 
-/// One version of Debian's kernel. Mirrors keep few of them; we stay with one as long as we have it.
+/// One version of Debian's kernel. Mirrors keep few of them; we stay with one of each series as long as we have it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Pin {
     /// The release without the flavour: `7.3.4+deb13`.
@@ -49,28 +46,22 @@ impl fmt::Display for Rotated {
 
 impl std::error::Error for Rotated {}
 
-/// Calls `get` with the version that we stay with, or with a newer one if that is gone from the mirror.
+/// Calls `get` with the version of `series` that we stay with, or with a newer one if that is gone from the mirror.
 pub(super) fn pinned<T>(
+    series: Series,
     root: &Root,
     progress: &Progress,
     get: impl Fn(&Pin) -> Result<T>,
 ) -> Result<T> {
-    if let Some(pin) = pin() {
+    if let Some(pin) = pin(series) {
         match get(&pin) {
             Err(error) if error.is::<Rotated>() => progress.line(&format!("{error}")),
             result => return result,
         }
     }
     let lock = cache::Lock::take("kernel.json", progress)?;
-    let packages = Archive::update(root, progress)?.packages("linux-")?;
-    let pin = newest(&packages, SERIES).with_context(|| {
-        format!(
-            "the mirror's {}-backports has no complete Linux {SERIES}; set PMEM_MIRROR to one that has it, or \
-             give a configured kernel tree with --kdir",
-            Root::SUITE
-        )
-    })?;
-    let path = pin_path();
+    let pin = newest_of(series, root, progress)?;
+    let path = pin_path(series);
     let temporary = path.with_extension("partial");
     fs::write(&temporary, serde_json::to_vec_pretty(&pin)?)
         .and_then(|()| fs::rename(&temporary, &path))
@@ -79,13 +70,39 @@ pub(super) fn pinned<T>(
     get(&pin)
 }
 
-/// The version that we stay with, if we have one.
-pub(super) fn pin() -> Option<Pin> {
-    serde_json::from_slice(&fs::read(pin_path()).ok()?).ok()
+/// The newest version of `series` that the mirror has.
+pub(super) fn newest_of(series: Series, root: &Root, progress: &Progress) -> Result<Pin> {
+    let packages = Archive::update(root, progress)?.packages("linux-")?;
+    newest(&packages, series.name()).with_context(|| {
+        format!(
+            "the mirror's {}-backports has no complete Linux {series}; set PMEM_MIRROR to one that has it, or \
+             give a configured kernel tree with --kdir",
+            Root::SUITE
+        )
+    })
 }
 
-fn pin_path() -> PathBuf {
-    cache::dir().join("kernel.json")
+/// The version of `series` that we stay with, if we have one.
+pub(super) fn pin(series: Series) -> Option<Pin> {
+    pin_in(&cache::dir(), series)
+}
+
+/// As [`pin`], with the cache at `dir`.
+fn pin_in(dir: &Path, series: Series) -> Option<Pin> {
+    // There was one for all once.
+    [pin_name(series), "kernel.json".to_string()]
+        .iter()
+        .filter_map(|name| fs::read(dir.join(name)).ok())
+        .filter_map(|json| serde_json::from_slice::<Pin>(&json).ok())
+        .find(|pin| Series::of(&pin.base) == Some(series))
+}
+
+fn pin_path(series: Series) -> PathBuf {
+    cache::dir().join(pin_name(series))
+}
+
+fn pin_name(series: Series) -> String {
+    format!("kernel-{series}.json")
 }
 
 /// Splits `7.3.4+deb13-cloud-amd64` into the base and the flavour.
@@ -110,7 +127,8 @@ impl Pin {
         root: &Root,
         progress: &Progress,
     ) -> Result<Pin> {
-        if let Some(pin) = pin().filter(|pin| pin.base == base) {
+        let pinned = Series::of(base).and_then(pin);
+        if let Some(pin) = pinned.filter(|pin| pin.base == base) {
             return Ok(pin);
         }
         let headers =
@@ -124,7 +142,8 @@ impl Pin {
         })
     }
 
-    fn release(&self, flavour: Flavour) -> String {
+    /// What `uname -r` says in the kernel of `flavour`.
+    pub(super) fn release(&self, flavour: Flavour) -> String {
         match flavour {
             Flavour::Cloud => format!("{}-cloud-amd64", self.base),
             _ => format!("{}-amd64", self.base),
@@ -402,6 +421,34 @@ mod tests {
             ("7.3.4+deb13", "7.3.4-2~bpo13+1"),
         ]);
         assert_eq!(newest(&all, "7.3").unwrap().version, "7.3.4-2~bpo13+1");
+    }
+
+    /// Each series has its own, and what an earlier version of this program wrote is good for its series.
+    #[test]
+    fn each_series_has_its_pin() {
+        let dir = tempfile::tempdir().unwrap();
+        let [old, new] = ["7.2", "7.3"].map(|series| Series::of(series).unwrap());
+        let write = |name: &str, base: &str| {
+            let pin = Pin {
+                base: base.to_string(),
+                version: format!("{base}-1"),
+            };
+            fs::write(dir.path().join(name), serde_json::to_vec(&pin).unwrap()).unwrap();
+        };
+        let base = |series| pin_in(dir.path(), series).map(|pin| pin.base);
+
+        assert_eq!((base(old), base(new)), (None, None));
+        write("kernel.json", "7.3.4+deb13");
+        assert_eq!((base(old), base(new)), (None, Some("7.3.4+deb13".into())));
+        write(&pin_name(old), "7.2.12+deb13");
+        write(&pin_name(new), "7.3.5+deb13");
+        assert_eq!(
+            (base(old), base(new)),
+            (Some("7.2.12+deb13".into()), Some("7.3.5+deb13".into()))
+        );
+        // One that is damaged is none.
+        fs::write(dir.path().join(pin_name(new)), "{").unwrap();
+        assert_eq!(base(new), Some("7.3.4+deb13".into()));
     }
 
     #[test]
