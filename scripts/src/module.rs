@@ -4,13 +4,18 @@
 //!
 //! The source tree stays clean: what is built goes to `target/kbuild/<kernel>`.
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Series};
 use crate::progress::Progress;
 use crate::root::Root;
 use crate::{cache, exec, repo};
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Has the module built for kernels that it was never tried on, as `make PMEM_FORCE=1` does.
+pub const FORCE_VARIABLE: &str = "PMEM_FORCE";
 
 /// About how many lines a build prints.
 const LINES: u64 = 10;
@@ -69,10 +74,10 @@ fn make(
     let ko = out.join("pmem.ko");
 
     let step = progress.count(&format!("{title} pmem.ko for {}", kernel.release), LINES);
-    let mut command = kernel.make(root);
-    command
-        .arg(format!("M={}", tree.display()))
-        .arg(format!("MO={}", out.display()));
+    let mut command = command(kernel, root, tree, &out);
+    if let Some(force) = std::env::var_os(FORCE_VARIABLE) {
+        command.arg(assign(FORCE_VARIABLE, &force));
+    }
     if check == Check::Clippy {
         command.args(["CLIPPY=1", "W=e"]);
     }
@@ -89,6 +94,78 @@ fn make(
     }
     step.done();
     Ok(Module { ko })
+}
+
+/// `make` for the module in `tree`, with all that it must be given but the targets. What is built goes to `out`.
+fn command(kernel: &Kernel, root: &Root, tree: &Path, out: &Path) -> Command {
+    let mut command = kernel.make(root);
+    command
+        .arg(assign("M", tree.as_os_str()))
+        .arg(assign("MO", out.as_os_str()));
+    command
+}
+
+/// A variable for make.
+fn assign(name: &str, value: &OsStr) -> OsString {
+    let mut text = OsString::from(format!("{name}="));
+    text.push(value);
+    text
+}
+
+/// Kernels that the driver is not for: the numbers that their Makefiles would have.
+const STRANGERS: [(u32, u32); 5] = [(7, 4), (7, 1), (7, 30), (6, 12), (8, 3)];
+
+/// Checks that Kbuild refuses kernels that the driver was never tried on, says why, and builds all the same if it has to.
+///
+/// The tree is that of `kernel`, which claims to be another one.
+pub fn check_refusals(kernel: &Kernel, root: &Root, progress: &Progress) -> Result<()> {
+    let name = format!("{}-refused", kernel.name());
+    let _lock = cache::Lock::take(&format!("module-{name}"), progress)?;
+    let out = repo::target().join("kbuild").join(&name);
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let step = progress.step("kernels that pmem.ko is not for");
+    let make = |(version, patch): (u32, u32), rest: &[&str]| {
+        let mut make = command(kernel, root, repo::dir(), &out);
+        make.arg(format!("VERSION={version}"))
+            .arg(format!("PATCHLEVEL={patch}"))
+            .args(rest);
+        exec::try_run(&mut make, &format!("module-{name}"), &step)
+    };
+    let all: Vec<&str> = Series::all().into_iter().map(Series::name).collect();
+    for stranger in STRANGERS {
+        let (built, output) = make(stranger, &["modules"])?;
+        let says = format!(
+            "this is Linux {}.{}, and the driver was tried with {} alone. PMEM_FORCE=1 builds it",
+            stranger.0,
+            stranger.1,
+            all.join(" ")
+        );
+        ensure!(
+            !built && output.text.contains(&says),
+            "Linux {}.{} is not refused as it should be, see {}",
+            stranger.0,
+            stranger.1,
+            output.log.display()
+        );
+        // A part of it will do, which is fast to build.
+        for rest in [
+            &["PMEM_FORCE=1", "drivers/kapi/helpers.o"] as &[&str],
+            &["clean"],
+        ] {
+            let (done, output) = make(stranger, rest)?;
+            ensure!(
+                done,
+                "{}",
+                exec::failure(
+                    &format!("make {}", rest.join(" ")),
+                    &output.text,
+                    &output.log
+                )
+            );
+        }
+    }
+    step.done();
+    Ok(())
 }
 
 /// The lines that warn of something that we could mend.

@@ -272,6 +272,9 @@ impl Suite<'_> {
                 });
             self.note(tally, built);
         }
+        let refusals = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress)
+            .and_then(|kernel| module::check_refusals(&kernel, &root, &self.progress));
+        self.note(tally, refusals);
         // It takes long to build, and no test boots it: at least its configuration holds.
         self.note(
             tally,
