@@ -10,8 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The kernels that the module is built and tested for.
-const KERNELS: [&str; 2] = ["7.2", "7.3"];
+/// What says which kernels the module is for.
+const KBUILD: &str = include_str!("../../../../Kbuild");
 
 /// Where the modules of each kernel are.
 const MODULES: &str = "/lib/modules";
@@ -44,6 +44,14 @@ pub(super) fn examine(system: &System, findings: &mut Findings) {
     }
 }
 
+/// The series of kernels that the module is for.
+fn kernels() -> Vec<&'static str> {
+    let list = KBUILD
+        .lines()
+        .find_map(|line| line.strip_prefix("pmem-kernels := "));
+    list.unwrap_or_default().split_whitespace().collect()
+}
+
 /// The module's file for the kernel `release`.
 fn file_of(system: &System, release: &str) -> Option<PathBuf> {
     let dir = Path::new(MODULES).join(release);
@@ -73,14 +81,15 @@ fn no_module(system: &System, release: &str, findings: &mut Findings) {
             format!("apt install linux-headers-{release}; dkms autoinstall -k {release}\nor boot the other kernel"),
         );
     }
-    let is_known = KERNELS.iter().any(|known| {
+    let kernels = kernels();
+    let is_known = kernels.iter().any(|known| {
         release
             .strip_prefix(known)
             .is_some_and(|rest| rest.starts_with('.'))
     });
     if !is_known {
         return findings.problem(
-            format!("the kernel that runs is {release}, and the module is for Linux {}", KERNELS.join(" and ")),
+            format!("the kernel that runs is {release}, and the module is for Linux {}", kernels.join(" and ")),
             "on Debian 13, from backports: apt install -t trixie-backports linux-image-amd64 linux-headers-amd64; \
              then boot it",
         );
