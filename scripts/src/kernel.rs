@@ -15,7 +15,7 @@ pub use crate::flavour::Flavour;
 use crate::progress::Progress;
 use crate::repo;
 use crate::root::{Enter, Root};
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -62,7 +62,17 @@ enum Tools {
 impl Kernel {
     /// Finds the kernel in the cache, or fetches or builds it: of the newest series, unless [`KERNEL_VARIABLE`] says
     /// otherwise. [`Flavour::Builtin`] is brought up to date with the repository.
+    ///
+    /// # Errors
+    ///
+    /// Also when an older series is chosen for a kernel of our own: its configuration is that of the newest.
     pub fn ensure(flavour: Flavour, root: &Root, progress: &Progress) -> Result<Kernel> {
+        let series = series()?;
+        ensure!(
+            flavour.is_stock() || series == Series::newest(),
+            "{KERNEL_VARIABLE} chooses Linux {series}, of which there are cloud and amd64; {flavour} is built of {} alone",
+            Series::newest()
+        );
         chosen(root, progress, |pin| match flavour {
             Flavour::Cloud | Flavour::Amd64 => debian::ensure(pin, flavour, root, progress),
             Flavour::Test | Flavour::Debug => own::ensure(pin, flavour, root, progress),
@@ -72,7 +82,12 @@ impl Kernel {
 
     /// The newest version of Debian's kernels in `series` that the mirror has, as `7.2.12+deb13`.
     pub fn newest(series: Series, root: &Root, progress: &Progress) -> Result<String> {
-        Ok(debian::newest_of(series, root, progress)?.base)
+        Ok(debian::newest_there_is(series, root, progress)?.base)
+    }
+
+    /// What `uname -r` says in Debian's kernel of this version and `flavour`.
+    pub fn release_of(base: &str, flavour: Flavour) -> String {
+        debian::release(base, flavour)
     }
 
     /// Debian's kernel of this release, such as `7.3.4+deb13-amd64`.
@@ -251,13 +266,17 @@ fn unknown(name: &str) -> String {
 /// What the cache has to keep: the directories of the sources and of all kernels, as we would make them now.
 pub fn directories(root: &Root) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
-    for pin in Series::all().into_iter().filter_map(debian::pin) {
+    for series in Series::all() {
+        let Some(pin) = debian::pin(series) else {
+            continue;
+        };
         all.push(pin.source_directory());
         for flavour in Flavour::ALL {
-            all.push(match flavour.is_stock() {
-                true => debian::directory(&pin, flavour, root),
-                false => own::directory(&pin, flavour, root)?,
-            });
+            if flavour.is_stock() {
+                all.push(debian::directory(&pin, flavour, root));
+            } else if series == Series::newest() {
+                all.push(own::directory(&pin, flavour, root)?);
+            }
         }
     }
     Ok(all)
@@ -265,7 +284,7 @@ pub fn directories(root: &Root) -> Result<Vec<PathBuf>> {
 
 /// Checks that all that the fragments of `flavour` ask for is granted. Builds nothing.
 pub fn check_config(flavour: Flavour, root: &Root, progress: &Progress) -> Result<()> {
-    chosen(root, progress, |pin| {
+    debian::pinned(Series::newest(), root, progress, |pin| {
         own::check_config(pin, flavour, root, progress)
     })
 }

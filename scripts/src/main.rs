@@ -22,6 +22,8 @@ Environment:
   PMEM_MIRROR     a Debian archive, and after a space its security archive, instead of the host's
   XDG_CACHE_HOME  where the build root and the kernels are kept, in pmem/ (10 GB) [~/.cache]
   KDIR            a kernel's tree for `build`, as with --kdir
+  PMEM_KERNEL     kernels to take instead of the newest: a series, 7.2, or one version of Debian's, 7.2.12+deb13
+  PMEM_FORCE      1 has the module built for kernels that it was never tried with
   CI              no bars, a line a step";
 
 #[derive(Subcommand)]

@@ -2,6 +2,7 @@
 
 //! Runs every test.
 
+mod matrix;
 mod tally;
 
 use crate::flavour::Flavour;
@@ -54,6 +55,11 @@ pub struct Args {
     /// KUnit and the VM tests in it. It takes hours where VMs are emulated.
     #[arg(long, conflicts_with = "flavour")]
     debug: bool,
+
+    /// Build the module for the newest kernel of Debian's in each series that it is for, of both flavours, and run VM
+    /// tests in each: those that touch every part of the driver, or those with FILTER in their names.
+    #[arg(long, conflicts_with_all = ["only", "flavour", "debug", "soak"])]
+    matrix: bool,
 
     /// Write and verify for so long, and nothing else: files, disks, RAM and storage at once, while memory is short.
     #[arg(long, value_name = "MINUTES", conflicts_with_all = ["filter", "only"])]
@@ -113,30 +119,43 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         args,
         progress: Progress::new(),
     };
+    if args.matrix {
+        return matrix::run(&suite);
+    }
     let outcomes: Vec<Outcome> = suite
         .stages()
         .into_iter()
         .map(|stage| suite.run(stage))
         .collect();
 
-    suite.progress.heading("summary");
+    let lines = outcomes
+        .iter()
+        .map(|outcome| (outcome.stage.name(), outcome.tally, outcome.time))
+        .collect();
+    Ok(summary(&suite.progress, lines))
+}
+
+/// Shows what became of each thing that has a name.
+fn summary(progress: &Progress, lines: Vec<(String, Tally, Duration)>) -> ExitCode {
+    progress.heading("summary");
+    let width = lines.iter().map(|(name, ..)| name.len()).max();
+    let width = width.unwrap_or_default().max(8);
     let mut total = Tally::default();
-    for Outcome { stage, tally, time } in outcomes {
+    for (name, tally, time) in lines {
         let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
         println!(
-            "  {:<8} {verdict:<8} {:<24} {}",
-            stage.name(),
+            "  {name:<width$} {verdict:<8} {:<24} {}",
             tally.to_string(),
             progress::time(time)
         );
         total += tally;
     }
     println!("{total}");
-    Ok(if total.failed == 0 {
+    if total.failed == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
-    })
+    }
 }
 
 struct Suite<'a> {
@@ -348,24 +367,26 @@ impl Suite<'_> {
 
     fn vm(&self, tally: &mut Tally) -> Result<()> {
         ensure!(has_vm_tests(), "there are no VM tests in tests/vm");
-        let flavours: Vec<&str> = self
-            .flavours()
-            .iter()
-            .map(|flavour| flavour.name())
-            .collect();
-        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let jobs = self.args.jobs.map_or(cpus.min(8), usize::from);
-        let mut test = cargo("test");
-        test.args(["--package", VM_TESTS, "--no-fail-fast"])
-            .args(&self.args.filter)
-            .args(self.args.soak.map(|_| SOAK))
-            .args(["--", "--test-threads", &jobs.to_string()])
-            .env(FLAVOURS_VARIABLE, flavours.join(","));
+        let mut test = self.vm_tests(self.flavours());
+        test.args(&self.args.filter)
+            .args(self.args.soak.map(|_| SOAK));
         if let Some(minutes) = self.args.soak {
             test.args(["--nocapture"])
                 .env(SOAK_VARIABLE, minutes.to_string());
         }
         count(&mut test, tally)
+    }
+
+    /// The VM tests in the kernels of `flavours`. Parts of their names can be added.
+    fn vm_tests(&self, flavours: &[Flavour]) -> Command {
+        let flavours: Vec<&str> = flavours.iter().map(|flavour| flavour.name()).collect();
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let jobs = self.args.jobs.map_or(cpus.min(8), usize::from);
+        let mut test = cargo("test");
+        test.args(["--package", VM_TESTS, "--no-fail-fast"])
+            .args(["--", "--test-threads", &jobs.to_string()])
+            .env(FLAVOURS_VARIABLE, flavours.join(","));
+        test
     }
 
     /// `usual`, or if the user chose others, the first of those.

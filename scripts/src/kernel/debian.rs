@@ -59,19 +59,40 @@ pub(super) fn pinned<T>(
             result => return result,
         }
     }
-    let lock = cache::Lock::take("kernel.json", progress)?;
     let pin = newest_of(series, root, progress)?;
-    let path = pin_path(series);
-    let temporary = path.with_extension("partial");
-    fs::write(&temporary, serde_json::to_vec_pretty(&pin)?)
-        .and_then(|()| fs::rename(&temporary, &path))
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    drop(lock);
+    keep(series, &pin, progress)?;
     get(&pin)
 }
 
+/// Has us stay with this version of `series`.
+fn keep(series: Series, pin: &Pin, progress: &Progress) -> Result<()> {
+    let _lock = cache::Lock::take("kernel.json", progress)?;
+    let path = cache::dir().join(pin_name(series));
+    let temporary = path.with_extension("partial");
+    fs::write(&temporary, serde_json::to_vec_pretty(pin)?)
+        .and_then(|()| fs::rename(&temporary, &path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The newest version of `series` that there is: on the mirror, or if that has none, in the cache.
+pub(super) fn newest_there_is(series: Series, root: &Root, progress: &Progress) -> Result<Pin> {
+    let ours = pin(series);
+    match (newest_of(series, root, progress), ours) {
+        (Ok(newest), Some(_)) => Ok(newest),
+        (Ok(newest), None) => {
+            keep(series, &newest, progress)?;
+            Ok(newest)
+        }
+        (Err(error), Some(ours)) => {
+            progress.line(&format!("{error}; {} is taken, which is here", ours.base));
+            Ok(ours)
+        }
+        (Err(error), None) => Err(error),
+    }
+}
+
 /// The newest version of `series` that the mirror has.
-pub(super) fn newest_of(series: Series, root: &Root, progress: &Progress) -> Result<Pin> {
+fn newest_of(series: Series, root: &Root, progress: &Progress) -> Result<Pin> {
     let packages = Archive::update(root, progress)?.packages("linux-")?;
     newest(&packages, series.name()).with_context(|| {
         format!(
@@ -97,10 +118,6 @@ fn pin_in(dir: &Path, series: Series) -> Option<Pin> {
         .find(|pin| Series::of(&pin.base) == Some(series))
 }
 
-fn pin_path(series: Series) -> PathBuf {
-    cache::dir().join(pin_name(series))
-}
-
 fn pin_name(series: Series) -> String {
     format!("kernel-{series}.json")
 }
@@ -117,6 +134,14 @@ pub(super) fn parse_release(release: &str) -> Option<(String, Flavour)> {
     let rebuild = debian.is_empty() || debian.strip_prefix('.').is_some_and(numbers);
     let kernel = version.split('.').count() == 3 && numbers(version);
     (kernel && rebuild).then(|| (base.to_string(), flavour))
+}
+
+/// What `uname -r` says in the kernel of this version and `flavour`.
+pub(super) fn release(base: &str, flavour: Flavour) -> String {
+    match flavour {
+        Flavour::Cloud => format!("{base}-cloud-amd64"),
+        _ => format!("{base}-amd64"),
+    }
 }
 
 impl Pin {
@@ -142,12 +167,8 @@ impl Pin {
         })
     }
 
-    /// What `uname -r` says in the kernel of `flavour`.
-    pub(super) fn release(&self, flavour: Flavour) -> String {
-        match flavour {
-            Flavour::Cloud => format!("{}-cloud-amd64", self.base),
-            _ => format!("{}-amd64", self.base),
-        }
+    fn release(&self, flavour: Flavour) -> String {
+        release(&self.base, flavour)
     }
 
     fn package(&self, name: String) -> Package {

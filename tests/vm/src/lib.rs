@@ -16,6 +16,7 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 use xtask::flavour::Flavour;
+use xtask::kernel::{series, Series, KERNEL_VARIABLE};
 use xtask::progress::Progress;
 use xtask::test::FLAVOURS_VARIABLE;
 use xtask::vm::{Builder, Setup, Vm, PMEM_KO};
@@ -77,6 +78,16 @@ pub fn wanted(flavour: Flavour) -> Result<bool> {
         eprintln!("skipped: {FLAVOURS_VARIABLE} does not name {flavour}");
     }
     Ok(wanted)
+}
+
+/// Whether the kernels are of the newest series: what is said of a single version is said of that.
+pub fn newest() -> Result<bool> {
+    let series = series()?;
+    let newest = series == Series::newest();
+    if !newest {
+        eprintln!("skipped: {KERNEL_VARIABLE} chooses Linux {series}");
+    }
+    Ok(newest)
 }
 
 /// The kernel of tests that any will do for: the first one that loads the driver as a module, Debian's for virtual
