@@ -28,6 +28,12 @@ const fn error(number: u32) -> Error {
 pub(crate) const EOPNOTSUPP: Error = error(bindings::EOPNOTSUPP);
 /// Memory has failed.
 pub(crate) const EHWPOISON: Error = error(bindings::EHWPOISON);
+/// What has begun has begun before.
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) const EALREADY: Error = error(bindings::EALREADY);
+/// The other side does what makes no sense.
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) const EPROTO: Error = error(bindings::EPROTO);
 
 /// A module that knows itself.
 pub(crate) trait ModuleMetadata: kernel::ModuleMetadata {

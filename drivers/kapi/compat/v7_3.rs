@@ -4,6 +4,11 @@
 
 use crate::kapi::bindings;
 
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) use kernel::error::code::{
+    EALREADY,
+    EPROTO, //
+};
 pub(crate) use kernel::{
     error::code::{
         EHWPOISON,

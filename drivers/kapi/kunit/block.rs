@@ -5,7 +5,10 @@
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use super::{
-    super::bindings,
+    super::{
+        bindings,
+        compat::EALREADY, //
+    },
     close_files,
     Buffer, //
 };

@@ -11,21 +11,24 @@ mod suite {
             start,
             SIZE, //
         },
-        kapi::kunit::{
-            self,
-            block::{
+        kapi::{
+            compat::EPROTO,
+            kunit::{
                 self,
-                BlockDevice,
-                Submitted, //
-            },
-            buffer,
-            virtio::{
-                status,
-                Request,
-                Setup,
-                Simulated,
-                VERSION_1,
-                WAYS, //
+                block::{
+                    self,
+                    BlockDevice,
+                    Submitted, //
+                },
+                buffer,
+                virtio::{
+                    status,
+                    Request,
+                    Setup,
+                    Simulated,
+                    VERSION_1,
+                    WAYS, //
+                }, //
             }, //
         },
         pmem_core::extent::Sector, //
