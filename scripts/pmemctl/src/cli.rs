@@ -9,7 +9,13 @@ use std::path::PathBuf;
 
 /// Plans, examines and shows the disks of the persistent-memory driver pmem.
 #[derive(Parser)]
-#[command(name = "pmemctl", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(
+    name = "pmemctl",
+    version,
+    max_term_width = 100,
+    subcommand_value_name = "COMMAND"
+)]
+#[command(after_help = list(&SECTIONS[..1]), after_long_help = list(&SECTIONS))]
 pub(crate) struct Cli {
     /// Read the files of the system that is in this directory.
     #[arg(
@@ -24,12 +30,86 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-const AFTER_HELP: &str = "\
-Exit codes, as those of fsck:
-   0  in order
-   4  there are faults, or problems
-   8  it cannot be done or read
-  16  wrong arguments";
+/// The exit code of wrong arguments, as fsck has it.
+pub(crate) const USAGE: u8 = 16;
+
+/// What the help and the manual page say beside the commands: a title, and what is explained.
+pub(crate) type Section = (&'static str, &'static [(&'static str, &'static str)]);
+
+pub(crate) const SECTIONS: [Section; 3] = [
+    (
+        "Exit status",
+        // As those of fsck.
+        &[
+            ("0", "in order"),
+            ("4", "there are faults, or problems"),
+            ("8", "it cannot be done or read"),
+            ("16", "wrong arguments"),
+        ],
+    ),
+    (
+        "Files",
+        &[
+            (
+                "/etc/default/grub.d/pmem.cfg",
+                "what GRUB adds to the kernel's command line; written by plan --write",
+            ),
+            (
+                "/etc/modprobe.d/pmem.conf",
+                "parameters of the module at each boot; written by plan --write",
+            ),
+            (
+                "/etc/modules-load.d/pmem.conf",
+                "that the module is loaded at boot; written by plan --write",
+            ),
+            (
+                "/proc/iomem",
+                "where memory is; shows addresses to root alone",
+            ),
+            (
+                "/sys/firmware/memmap",
+                "the same for others, as firmware said it",
+            ),
+            ("/sys/block/DISK/pmem", "what list shows of a disk"),
+        ],
+    ),
+    (
+        "Examples",
+        &[
+            (
+                "pmemctl plan 8GiB --count 2",
+                "where two disks of 4 GiB could be, and what to write to have them",
+            ),
+            (
+                "pmemctl plan 8GiB --write",
+                "the same for one disk, and write it",
+            ),
+            ("pmemctl doctor", "why there is no /dev/pmem0"),
+            ("pmemctl list --json", "all disks, for a script"),
+            (
+                "pmemctl --sysroot /tmp/copy doctor",
+                "the faults of another machine, by a copy of its files",
+            ),
+            (
+                "pmemctl check --start 4GiB --size 2GiB node1.img",
+                "whether a range that is RAM and storage is in order",
+            ),
+        ],
+    ),
+];
+
+/// Sections as the help has them. What is long has a line of its own.
+fn list(sections: &[Section]) -> String {
+    const LONG: usize = 8;
+    let row = |(what, about): &(&str, &str)| match what.len() {
+        ..LONG => format!("  {what:LONG$}{about}\n"),
+        _ => format!("  {what}\n{:1$}{about}\n", "", LONG + 2),
+    };
+    let section =
+        |(title, rows): &Section| format!("{title}:\n{}", rows.iter().map(row).collect::<String>());
+    let all: Vec<String> = sections.iter().map(section).collect();
+    all.join("\n").trim_end().to_owned()
+}
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -56,7 +136,18 @@ pub(crate) enum Command {
     /// Measure how fast a disk is read. Nothing is written to it.
     Bench(Bench),
     /// Print a script that completes commands in a shell.
-    Completions { shell: Shell },
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Write the manual pages to a directory.
+    #[command(hide = true)]
+    Manual {
+        dir: PathBuf,
+        /// The date that they say, as 2026-01-31.
+        #[arg(long)]
+        date: String,
+    },
 }
 
 #[derive(Args)]

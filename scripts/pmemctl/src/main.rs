@@ -11,6 +11,7 @@ mod config;
 mod doctor;
 mod image;
 mod list;
+mod manual;
 mod memmap;
 mod memory;
 mod plan;
@@ -19,7 +20,7 @@ mod system;
 
 use anyhow::{bail, Context, Result};
 use clap::{CommandFactory, Parser};
-use cli::{Cli, Command};
+use cli::{Cli, Command, USAGE};
 use image::Image;
 use list::List;
 use plan::{Plan, Wanted};
@@ -29,9 +30,6 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 use system::System;
-
-/// The exit code of wrong arguments, as fsck has it.
-const USAGE: u8 = 16;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -83,6 +81,10 @@ fn run(cli: &Cli) -> Result<Status> {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "pmemctl", &mut script);
             write(&script)?;
+            Ok(Status::InOrder)
+        }
+        Command::Manual { dir, date } => {
+            manual::write(dir, date)?;
             Ok(Status::InOrder)
         }
     }
