@@ -289,6 +289,38 @@ fn literal(cell: &str) -> &str {
         .map_or("", |(literal, _)| literal)
 }
 
+/// A definition list: the terms of a manual page, and what is said of each in one line.
+fn definitions(document: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    let mut lines = document.lines().peekable();
+    while let Some(line) = lines.next() {
+        if line.is_empty() || line.starts_with([' ', '\t']) {
+            continue;
+        }
+        let mut text = String::new();
+        while let Some(more) = lines.next_if(|line| line.starts_with("    ")) {
+            text += &format!(" {}", more.trim());
+        }
+        if !text.is_empty() {
+            found.push((line.to_owned(), text.trim().to_owned()));
+        }
+    }
+    found
+}
+
+/// What follows the heading `title` of a document, up to the next one that is underlined in the same way.
+fn section_of<'a>(document: &'a str, title: &str) -> &'a str {
+    let heading = format!("\n{title}\n{}\n", "=".repeat(title.len()));
+    let (_, rest) = document
+        .split_once(&heading)
+        .unwrap_or_else(|| panic!("there is no section {title}"));
+    let end = rest.match_indices("\n===").find_map(|(at, _)| {
+        let before = rest[..at].rfind('\n')?;
+        Some(before)
+    });
+    &rest[..end.unwrap_or(rest.len())]
+}
+
 /// The first column of a table, without its markup.
 fn names(table: &Table) -> Vec<String> {
     table
@@ -350,8 +382,8 @@ fn kconfig(name: &str) -> String {
     default.split_once('"').unwrap().0.to_owned()
 }
 
-#[test]
-fn all_parameters_are_documented_and_no_others() {
+/// All parameters of the module, and those that only tests have.
+fn all_params() -> [BTreeMap<String, Param>; 2] {
     let mut found = BTreeMap::new();
     let mut of_tests = BTreeMap::new();
     for path in sources("drivers")
@@ -364,7 +396,25 @@ fn all_parameters_are_documented_and_no_others() {
     }
     assert!(found.len() >= 17, "{:?}", found.keys());
     assert!(of_tests.len() >= 2, "{:?}", of_tests.keys());
+    [found, of_tests]
+}
 
+impl Param {
+    /// The default that `modinfo` speaks of. An empty string can stand for another one.
+    fn said(&self) -> Option<&str> {
+        let (_, rest) = self.about.split_once("Default: ")?;
+        Some(rest.split_once(". ").map_or(rest, |(default, _)| default))
+    }
+
+    /// The default, if it is not that there is no value.
+    fn effective(&self) -> Option<&str> {
+        Some(self.said().unwrap_or(&self.default)).filter(|default| !default.is_empty())
+    }
+}
+
+#[test]
+fn all_parameters_are_documented_and_no_others() {
+    let [found, of_tests] = all_params();
     let mut documented = BTreeMap::new();
     for path in [
         "Documentation/admin-guide.rst",
@@ -387,20 +437,15 @@ fn all_parameters_are_documented_and_no_others() {
         }
     }
     for (name, param) in &found {
-        // An empty string can stand for another default, of which `modinfo` speaks.
-        let said = param
-            .about
-            .split_once("Default: ")
-            .map(|(_, rest)| rest.split_once(". ").map_or(rest, |(default, _)| default));
-        if let Some(said) = said.filter(|_| !param.default.is_empty()) {
+        if let Some(said) = param.said().filter(|_| !param.default.is_empty()) {
             assert_eq!(
                 said, param.default,
                 "{name}: what modinfo says, and the default"
             );
         }
-        let default = match said.unwrap_or(&param.default) {
-            "" => "(none)".to_owned(),
-            default => format!("``{default}``"),
+        let default = match param.effective() {
+            None => "(none)".to_owned(),
+            Some(default) => format!("``{default}``"),
         };
         assert_eq!(
             documented.remove(name),
@@ -414,6 +459,99 @@ fn all_parameters_are_documented_and_no_others() {
     for name in of_tests.keys() {
         assert!(testing.contains(name), "{name} is not in testing.rst");
     }
+}
+
+#[test]
+fn the_manual_page_has_all_parameters_and_no_others() {
+    let page = read("Documentation/pmem.4.rst");
+    let [found, _] = all_params();
+    let mut documented: BTreeMap<String, (String, String)> =
+        definitions(section_of(&page, "MODULE PARAMETERS"))
+            .into_iter()
+            .map(|(term, text)| (literal(&term).to_owned(), (term, text)))
+            .collect();
+    for (name, param) in &found {
+        let (term, text) = documented
+            .remove(name)
+            .unwrap_or_else(|| panic!("{name} is not in the manual page"));
+        let (_, default) = text
+            .split_once("Default: ")
+            .unwrap_or_else(|| panic!("{name}: no default"));
+        match param.effective() {
+            Some(value) => assert_eq!(default, format!("``{value}``."), "{name}"),
+            // Nothing, or a rule.
+            None => assert!(!default.starts_with('`'), "{name}: {default}"),
+        }
+
+        let (_, value) = term
+            .split_once("``\\ =\\ *")
+            .unwrap_or_else(|| panic!("{name}: not understood: {term}"));
+        let (value, more) = value.split_once('*').unwrap();
+        let says = |text: &str| param.about.contains(text);
+        assert_eq!(value == "BOOL", says(": 0 or 1"), "{name} is {value}");
+        if says("in bytes or with a unit") {
+            let expected = match says("Physical address") {
+                true => "ADDRESS",
+                false => "SIZE",
+            };
+            assert_eq!(value, expected, "{name}");
+        }
+        let is_list = says("each range, in bytes")
+            || says("for each range")
+            || says("of each range are")
+            || says("or one word for all")
+            || says("or one number for all")
+            || says("separated by commas");
+        assert_eq!(more == "\\ [,...]", is_list, "{name}: {term}");
+    }
+    assert!(documented.is_empty(), "no parameters: {documented:?}");
+}
+
+/// The words in double backticks of the terms of a definition list.
+fn terms(definitions: &[(String, String)]) -> Vec<String> {
+    let parts = definitions.iter().flat_map(|(term, _)| term.split(", "));
+    parts.map(|part| literal(part).to_owned()).collect()
+}
+
+#[test]
+fn the_manual_page_has_all_attributes_counters_and_errors() {
+    let page = read("Documentation/pmem.4.rst");
+    let (disks, kmem) = section_of(&page, "SYSFS ATTRIBUTES")
+        .split_once("*/sys/devices/faux/kmemN*")
+        .unwrap();
+    assert_eq!(
+        terms(&definitions(disks)),
+        read_only("drivers/device/attributes.rs")
+    );
+    let states: Vec<(String, bool)> = definitions(kmem)
+        .into_iter()
+        .map(|(term, text)| (literal(&term).to_owned(), text.contains("can be written")))
+        .collect();
+    assert_eq!(states, attributes("drivers/kmem/range.rs"));
+
+    let (errors, counters) = section_of(&page, "DIAGNOSTICS")
+        .split_once("/sys/kernel/debug")
+        .unwrap();
+    let sorted = |mut all: Vec<String>| {
+        all.sort();
+        all
+    };
+    assert_eq!(
+        sorted(terms(&definitions(counters))),
+        sorted(read_only("drivers/device/counters.rs"))
+    );
+    // What a load is refused with, in the guide and in the document of kmem.
+    let mut documented = BTreeSet::new();
+    for path in ["admin-guide", "kmem-persist"] {
+        let tables = tables(&read(&format!("Documentation/{path}.rst")));
+        let table = tables
+            .iter()
+            .find(|table| table.header == ["errno", "reason"])
+            .unwrap();
+        documented.extend(names(table));
+    }
+    let errors: BTreeSet<String> = terms(&definitions(errors)).into_iter().collect();
+    assert_eq!(errors, documented);
 }
 
 /// The names in the `LIST` of attributes of a file, and whether they can be written.
