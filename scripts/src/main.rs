@@ -7,7 +7,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use xtask::{bench, build, clean, crash, run, test, vm_cmd};
+use xtask::{bench, build, clean, crash, docs, run, test, vm_cmd};
 
 /// Builds, boots, tests and measures the pmem driver.
 #[derive(Parser)]
@@ -32,7 +32,7 @@ enum Cmd {
     Build(build::Args),
     /// Show the driver at work: in a VM, on Debian's kernel, through a power failure.
     Run(run::Args),
-    /// Run every test: format, lints, host, KUnit and VM tests.
+    /// Run every test: format, lints, documents, host, KUnit and VM tests.
     Test(test::Args),
     /// Boot a VM with the module and get a shell in it.
     Vm(vm_cmd::Args),
@@ -40,6 +40,8 @@ enum Cmd {
     Bench(bench::Args),
     /// Look for what a power failure at any moment could lose.
     Crash(crash::Args),
+    /// Build the documents: HTML, and the manual pages.
+    Docs(docs::Args),
     /// Remove what was built.
     Clean(clean::Args),
 }
@@ -65,6 +67,7 @@ fn dispatch(command: &Cmd) -> Result<ExitCode> {
         Cmd::Vm(args) => vm_cmd::run(args)?,
         Cmd::Bench(args) => bench::run(args)?,
         Cmd::Crash(args) => return crash::run(args),
+        Cmd::Docs(args) => docs::run(args)?,
         Cmd::Clean(args) => clean::run(args)?,
     }
     Ok(ExitCode::SUCCESS)

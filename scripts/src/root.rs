@@ -74,6 +74,10 @@ const PACKAGES: &[&str] = &[
     "xfsprogs",
     // What we measure against.
     "libpmem-dev",
+    // The documentation.
+    "groff-base",
+    "mandoc",
+    "python3-sphinx",
 ];
 
 /// The packages whose versions decide whether what was compiled before still fits.

@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernel};
 use crate::progress::{self, Progress};
 use crate::root::Root;
 use crate::vm::{Setup, PMEM_KO};
-use crate::{exec, module, repo};
+use crate::{docs, exec, module, repo};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use std::fs;
@@ -35,7 +35,7 @@ const FLAVOURS: [Flavour; 4] = [
     Flavour::Builtin,
 ];
 
-/// Runs every test: format, lints, host, KUnit and VM tests.
+/// Runs every test: format, lints, documents, host, KUnit and VM tests.
 ///
 /// Kernels are fetched and built on the first run, which takes about a quarter of an hour on two cores.
 #[derive(clap::Args, Debug)]
@@ -79,6 +79,8 @@ enum Stage {
     Clippy,
     /// Tests that need no kernel, and the examples in the documentation.
     Host,
+    /// The documents, as HTML and as manual pages, without a warning.
+    Docs,
     /// Every kernel, and the module for it.
     Build,
     /// The suites in the module, run by the kernel.
@@ -99,6 +101,7 @@ impl Stage {
             Stage::Fmt => "format",
             Stage::Clippy => "lints",
             Stage::Host => "host tests and doctests",
+            Stage::Docs => "documents",
             Stage::Build => "kernels and modules",
             Stage::Kunit => "KUnit suites in the kernel",
             Stage::Vm => "VM tests",
@@ -196,6 +199,7 @@ impl Suite<'_> {
             Stage::Fmt => self.fmt(),
             Stage::Clippy => self.clippy(&mut tally),
             Stage::Host => self.host(&mut tally),
+            Stage::Docs => self.docs(&mut tally),
             Stage::Build => self.build(&mut tally),
             Stage::Kunit => self.kunit(&mut tally),
             Stage::Vm => self.vm(&mut tally),
@@ -279,6 +283,15 @@ impl Suite<'_> {
         }
         test.args(&self.args.filter);
         count(&mut test, tally)
+    }
+
+    fn docs(&self, tally: &mut Tally) -> Result<()> {
+        let root = Root::ensure(&self.progress)?;
+        self.note(tally, docs::html(&root, &self.progress).map(drop));
+        let manuals = docs::manuals(&root, &self.progress)
+            .and_then(|manuals| docs::lint(&manuals, &root, &self.progress));
+        self.note(tally, manuals);
+        Ok(())
     }
 
     fn build(&self, tally: &mut Tally) -> Result<()> {
