@@ -14,7 +14,7 @@
 //! | [`kernel`] | fetches or builds one of them |
 //! | [`module`] | builds `pmem.ko` for it |
 //! | [`vm`] | boots it |
-//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`clean`] | the commands |
+//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`rust_analyzer`], [`clean`] | the commands |
 //! | [`cache`], [`exec`], [`progress`], [`repo`] | where things are kept, run and shown |
 
 #![forbid(unsafe_code)]
@@ -35,6 +35,7 @@ pub mod progress;
 pub mod repo;
 pub mod root;
 pub mod run;
+pub mod rust_analyzer;
 pub mod test;
 pub mod vm;
 pub mod vm_cmd;

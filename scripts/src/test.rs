@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernel};
 use crate::progress::{self, Progress};
 use crate::root::Root;
 use crate::vm::{Setup, PMEM_KO};
-use crate::{docs, exec, module, repo};
+use crate::{docs, exec, module, repo, rust_analyzer};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use std::fs;
@@ -307,6 +307,11 @@ impl Suite<'_> {
         let refusals = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress)
             .and_then(|kernel| module::check_refusals(&kernel, &root, &self.progress));
         self.note(tally, refusals);
+        // What an editor is told: all that it names exists.
+        let kernel = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress);
+        let project = kernel
+            .and_then(|kernel| rust_analyzer::project(&kernel, &root, &self.progress).map(drop));
+        self.note(tally, project);
         // It takes long to build, and no test boots it: at least its configuration holds.
         self.note(
             tally,
