@@ -39,16 +39,14 @@ pub fn run(args: &Args) -> Result<()> {
     let compiler = exec::stdout(root.command("rustc").arg("-V"))?;
     let version = compiler.split(' ').nth(1).unwrap_or_default();
     println!(
-        "\nThe kernel's macros were built by rustc {version}, and newer rust-analyzers do not understand those. To have the \
-         one of that release:\n    rustup toolchain install {version} --profile minimal --component rust-analyzer\n    \
-         rustup which --toolchain {version} rust-analyzer"
-    );
-    let project = project.strip_prefix(repo::dir()).unwrap_or(&project);
-    println!(
-        "\nThe settings of rust-analyzer, with the path that the last command says:\n    \
+        "\nThe kernel's crates are those of rustc {version}, and want the rust-analyzer of that release:\n    \
+         rustup toolchain install {version} --profile minimal --component rust-analyzer\n    \
+         rustup which --toolchain {version} rust-analyzer\n\n\
+         Open {drivers} in a window of its own, with these settings and the path that was printed:\n    \
          \"rust-analyzer.server.path\": \"...\",\n    \
-         \"rust-analyzer.linkedProjects\": [\"Cargo.toml\", \"{}\"]",
-        project.display()
+         \"rust-analyzer.linkedProjects\": [\"{project}\"]",
+        drivers = repo::dir().join("drivers").display(),
+        project = project.display(),
     );
     Ok(())
 }
