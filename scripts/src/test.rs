@@ -135,6 +135,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .iter()
         .map(|outcome| (outcome.stage.name(), outcome.tally, outcome.time))
         .collect();
+    let none = outcomes
+        .iter()
+        .all(|outcome| outcome.tally == Tally::default());
+    if let (Some(filter), true) = (&args.filter, none) {
+        bail!("no test has {filter:?} in its name");
+    }
     Ok(summary(&suite.progress, lines))
 }
 
@@ -206,7 +212,9 @@ impl Suite<'_> {
         };
         match &result {
             // A stage without tests of its own is one.
-            Ok(()) if tally == Tally::default() => tally = Tally::of(true),
+            Ok(()) if tally == Tally::default() && self.args.filter.is_none() => {
+                tally = Tally::of(true);
+            }
             Ok(()) => {}
             Err(error) => {
                 self.progress.line(&format!("error: {error:#}"));
