@@ -14,7 +14,7 @@
 //! | [`kernel`] | fetches or builds one of them |
 //! | [`module`] | builds `pmem.ko` for it |
 //! | [`vm`] | boots it |
-//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`rust_analyzer`], [`clean`] | the commands |
+//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`picture`], [`rust_analyzer`], [`clean`] | the commands |
 //! | [`cache`], [`exec`], [`progress`], [`repo`] | where things are kept, run and shown |
 
 #![forbid(unsafe_code)]
@@ -31,6 +31,7 @@ pub mod flavour;
 pub mod host;
 pub mod kernel;
 pub mod module;
+pub mod picture;
 pub mod progress;
 pub mod repo;
 pub mod root;

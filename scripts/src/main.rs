@@ -7,7 +7,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use xtask::{bench, build, clean, crash, docs, run, rust_analyzer, test, vm_cmd};
+use xtask::{bench, build, clean, crash, docs, picture, run, rust_analyzer, test, vm_cmd};
 
 /// Builds, boots, tests and measures the pmem driver.
 #[derive(Parser)]
@@ -42,6 +42,8 @@ enum Cmd {
     Crash(crash::Args),
     /// Build the documents: HTML, and the manual pages.
     Docs(docs::Args),
+    /// Draw what the documents show of a terminal anew.
+    Picture(picture::Args),
     /// Tell an editor of the module: write rust-project.json for rust-analyzer.
     RustAnalyzer(rust_analyzer::Args),
     /// Remove what was built.
@@ -70,6 +72,7 @@ fn dispatch(command: &Cmd) -> Result<ExitCode> {
         Cmd::Bench(args) => bench::run(args)?,
         Cmd::Crash(args) => return crash::run(args),
         Cmd::Docs(args) => docs::run(args)?,
+        Cmd::Picture(args) => picture::run(args)?,
         Cmd::RustAnalyzer(args) => rust_analyzer::run(args)?,
         Cmd::Clean(args) => clean::run(args)?,
     }

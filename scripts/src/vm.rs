@@ -369,6 +369,13 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Puts `pmemctl` into the guest.
+    pub fn pmemctl(self) -> Result<Self> {
+        let flags = "-C target-feature=+crt-static -C strip=symbols";
+        let results = crates::build("pmemctl", "guest", flags, "pmemctl", self.progress)?;
+        Ok(self.file(results.join("pmemctl"), "/usr/bin/pmemctl"))
+    }
+
     /// Puts the kernel at [`NEXT_KERNEL`] and an initramfs for it at [`NEXT_INITRD`], so that the guest can start it.
     pub fn next_kernel(mut self) -> Self {
         self.next_kernel = true;

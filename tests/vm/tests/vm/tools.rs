@@ -4,9 +4,12 @@
 
 use anyhow::{ensure, Context, Result};
 use std::collections::BTreeMap;
+use std::fs;
 use std::time::Duration;
-use vm_tests::{boot, load, stock, unload, MIB};
+use vm_tests::{boot, load, setup, stock, unload, wanted, MIB, PROGRESS};
+use xtask::flavour::Flavour;
 use xtask::vm::Vm;
+use xtask::{picture, repo};
 
 /// What takes minutes of an emulated CPU.
 const LONG: Duration = Duration::from_secs(300);
@@ -91,6 +94,23 @@ fn lsblk_and_blkid() -> Result<()> {
         ))?;
         unload(vm)
     })
+}
+
+/// What the README shows of `pmemctl` is what it says.
+#[test]
+fn the_picture_of_pmemctl_is_what_it_prints() -> Result<()> {
+    if !wanted(Flavour::Cloud)? {
+        return Ok(());
+    }
+    let picture = picture::list(setup(Flavour::Cloud)?, &PROGRESS)?;
+    let path = repo::dir().join(picture::LIST);
+    let shown = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    ensure!(
+        shown == picture,
+        "to draw {} anew: cargo xtask picture\n{picture}",
+        picture::LIST
+    );
+    Ok(())
 }
 
 /// The counters of the block layer: requests and sectors that were read, and that were written.
