@@ -938,6 +938,48 @@ fn the_list_of_messages_is_up_to_date() {
     assert!(read("Documentation/index.rst").contains("   messages\n"));
 }
 
+/// The figures of the README are measured ones: a line of the document of performance has them.
+#[test]
+fn the_readme_has_the_figures_that_were_measured() {
+    let readme = read("README.md");
+    let measured = read("Documentation/performance.rst");
+    let lines: Vec<Vec<&str>> = measured
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let mut found = 0;
+    for row in readme.lines() {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let [_, name, pmem, nd_pmem, _] = cells[..] else {
+            continue;
+        };
+        if !pmem.starts_with(|c: char| c.is_ascii_digit()) {
+            continue;
+        }
+        let mut words: Vec<&str> = name.split_whitespace().collect();
+        words.extend([pmem, nd_pmem]);
+        assert!(
+            lines.iter().any(|line| line.starts_with(&words)),
+            "{row} was not measured"
+        );
+        found += 1;
+    }
+    assert!(found >= 10, "{found} figures are too few");
+}
+
+#[test]
+fn the_readme_leads_somewhere() {
+    let readme = read("README.md");
+    let mut found = 0;
+    for (at, _) in readme.match_indices("](") {
+        let (target, _) = readme[at + 2..].split_once(')').unwrap();
+        let (path, _) = target.split_once('#').unwrap_or((target, ""));
+        assert!(root().join(path).exists(), "{target} does not exist");
+        found += 1;
+    }
+    assert!(found >= 10, "{found} links are too few");
+}
+
 #[test]
 fn strings_are_read_as_the_compiler_reads_them() {
     let source = r#"f('"', '\'', b"\\x", c"a \
