@@ -312,14 +312,19 @@ impl Suite<'_> {
                 });
             self.note(tally, built);
         }
-        let refusals = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress)
-            .and_then(|kernel| module::check_refusals(&kernel, &root, &self.progress));
-        self.note(tally, refusals);
-        // What an editor is told: all that it names exists.
-        let kernel = Kernel::ensure(self.first(Flavour::Cloud), &root, &self.progress);
-        let project = kernel
-            .and_then(|kernel| rust_analyzer::project(&kernel, &root, &self.progress).map(drop));
-        self.note(tally, project);
+        let mut flavours = self.flavours().iter();
+        if let Some(&flavour) = flavours.find(|&&one| one != Flavour::Builtin) {
+            let kernel = Kernel::ensure(flavour, &root, &self.progress)?;
+            self.note(
+                tally,
+                module::check_refusals(&kernel, &root, &self.progress),
+            );
+            // What an editor is told: all that it names exists.
+            self.note(
+                tally,
+                rust_analyzer::project(&kernel, &root, &self.progress).map(drop),
+            );
+        }
         // It takes long to build, and no test boots it: at least its configuration holds.
         self.note(
             tally,
