@@ -23,8 +23,9 @@ pub struct Args {}
 pub fn run(_: &Args) -> Result<()> {
     let progress = Progress::new();
     let root = Root::ensure(&progress)?;
-    let html = html(&root, &progress)?;
-    let manuals = manuals(&root, &progress)?;
+    let epoch = epoch()?;
+    let html = html(epoch, &root, &progress)?;
+    let manuals = manuals(epoch, &root, &progress)?;
     lint(&manuals, &root, &progress)?;
     println!("{}", html.join("index.html").display());
     println!("{}", manuals.display());
@@ -37,14 +38,14 @@ fn directory() -> PathBuf {
     repo::target().join("docs")
 }
 
-/// Builds the documents as HTML, and returns their directory.
-pub fn html(root: &Root, progress: &Progress) -> Result<PathBuf> {
-    sphinx("html", root, progress)
+/// Builds the documents as HTML, and returns their directory. They are of the time `epoch`, in seconds.
+pub fn html(epoch: u64, root: &Root, progress: &Progress) -> Result<PathBuf> {
+    sphinx("html", epoch, root, progress)
 }
 
 /// Builds all manual pages, and returns the directory that has one for each section, as `man -M` wants it.
-pub fn manuals(root: &Root, progress: &Progress) -> Result<PathBuf> {
-    let out = sphinx("man", root, progress)?;
+pub fn manuals(epoch: u64, root: &Root, progress: &Progress) -> Result<PathBuf> {
+    let out = sphinx("man", epoch, root, progress)?;
     let step = progress.step("manual pages of pmemctl");
     let section = out.join("man8");
     fs::create_dir_all(&section).with_context(|| format!("cannot create {}", section.display()))?;
@@ -52,7 +53,7 @@ pub fn manuals(root: &Root, progress: &Progress) -> Result<PathBuf> {
     let date = exec::stdout(
         root.command("date")
             .args(["--utc", "+%F", "--date"])
-            .arg(format!("@{}", epoch()?)),
+            .arg(format!("@{epoch}")),
     )?;
     pmemctl
         .args(["run", "--quiet", "--package", "pmemctl", "--", "manual"])
@@ -65,7 +66,7 @@ pub fn manuals(root: &Root, progress: &Progress) -> Result<PathBuf> {
 }
 
 /// The time that the documents are of, in seconds: that of `SOURCE_DATE_EPOCH`, as packagers set it, or now.
-fn epoch() -> Result<u64> {
+pub fn epoch() -> Result<u64> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) => text
             .parse()
@@ -75,7 +76,7 @@ fn epoch() -> Result<u64> {
 }
 
 /// Runs sphinx from scratch, as it says nothing of documents that it knows already.
-fn sphinx(builder: &str, root: &Root, progress: &Progress) -> Result<PathBuf> {
+fn sphinx(builder: &str, epoch: u64, root: &Root, progress: &Progress) -> Result<PathBuf> {
     let step = progress.step(&format!("documents: {builder}"));
     let out = directory().join(builder);
     let doctrees = directory().join(format!("doctrees-{builder}"));
@@ -85,7 +86,7 @@ fn sphinx(builder: &str, root: &Root, progress: &Progress) -> Result<PathBuf> {
     }
     let mut command = root.command("sphinx-build");
     command
-        .env("SOURCE_DATE_EPOCH", epoch()?.to_string())
+        .env("SOURCE_DATE_EPOCH", epoch.to_string())
         .args(["-q", "-W", "--keep-going", "-b", builder, "-d"])
         .arg(doctrees)
         .arg(repo::dir().join("Documentation"))

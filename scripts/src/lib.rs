@@ -14,7 +14,7 @@
 //! | [`kernel`] | fetches or builds one of them |
 //! | [`module`] | builds `pmem.ko` for it |
 //! | [`vm`] | boots it |
-//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`picture`], [`rust_analyzer`], [`clean`] | the commands |
+//! | [`test`], [`run`], [`bench`], [`crash`], [`build`], [`docs`], [`picture`], [`deb`], [`rust_analyzer`], [`clean`] | the commands |
 //! | [`cache`], [`exec`], [`progress`], [`repo`] | where things are kept, run and shown |
 
 #![forbid(unsafe_code)]
@@ -25,6 +25,7 @@ pub mod build;
 pub mod cache;
 pub mod clean;
 pub mod crash;
+pub mod deb;
 pub mod docs;
 pub mod exec;
 pub mod flavour;

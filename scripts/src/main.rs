@@ -7,7 +7,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use xtask::{bench, build, clean, crash, docs, picture, run, rust_analyzer, test, vm_cmd};
+use xtask::{bench, build, clean, crash, deb, docs, picture, run, rust_analyzer, test, vm_cmd};
 
 /// Builds, boots, tests and measures the pmem driver.
 #[derive(Parser)]
@@ -46,6 +46,8 @@ enum Cmd {
     Picture(picture::Args),
     /// Tell an editor of the module: write rust-project.json for rust-analyzer.
     RustAnalyzer(rust_analyzer::Args),
+    /// Make Debian packages.
+    Deb(deb::Args),
     /// Remove what was built.
     Clean(clean::Args),
 }
@@ -74,6 +76,7 @@ fn dispatch(command: &Cmd) -> Result<ExitCode> {
         Cmd::Docs(args) => docs::run(args)?,
         Cmd::Picture(args) => picture::run(args)?,
         Cmd::RustAnalyzer(args) => rust_analyzer::run(args)?,
+        Cmd::Deb(args) => deb::run(args)?,
         Cmd::Clean(args) => clean::run(args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -63,6 +63,8 @@ const PACKAGES: &[&str] = &[
     "fio",
     "gdisk",
     "kexec-tools",
+    // mke2fs reads archives with it.
+    "libarchive13t64",
     "mdadm",
     "mount",
     "ndctl",
@@ -72,6 +74,11 @@ const PACKAGES: &[&str] = &[
     "sysstat",
     "util-linux",
     "xfsprogs",
+    // Packages.
+    "cargo",
+    "debhelper",
+    "dh-dkms",
+    "lintian",
     // What we measure against.
     "libpmem-dev",
     // The documentation.

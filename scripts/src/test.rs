@@ -24,6 +24,14 @@ use walkdir::WalkDir;
 /// Says to the VM tests which kernels to boot: names of flavours, separated by commas.
 pub const FLAVOURS_VARIABLE: &str = "PMEM_FLAVOURS";
 
+/// The environment variable that has VM tests run that take very long, if it is set.
+const FULL_VARIABLE: &str = "PMEM_FULL";
+
+/// Whether VM tests that take very long are to run.
+pub fn is_full() -> bool {
+    std::env::var_os(FULL_VARIABLE).is_some()
+}
+
 /// Says to the VM tests for how many minutes to soak.
 pub const SOAK_VARIABLE: &str = "PMEM_SOAK";
 
@@ -64,6 +72,10 @@ pub struct Args {
     /// Write and verify for so long, and nothing else: files, disks, RAM and storage at once, while memory is short.
     #[arg(long, value_name = "MINUTES", conflicts_with_all = ["filter", "only"])]
     soak: Option<u32>,
+
+    /// Also run what takes very long: the packages, installed on a system that boots by its own boot loader.
+    #[arg(long)]
+    full: bool,
 
     /// How many VMs to run at once. One for each CPU and 8 at most, unless told otherwise.
     #[arg(long, short, value_parser = clap::value_parser!(u16).range(1..))]
@@ -295,8 +307,9 @@ impl Suite<'_> {
 
     fn docs(&self, tally: &mut Tally) -> Result<()> {
         let root = Root::ensure(&self.progress)?;
-        self.note(tally, docs::html(&root, &self.progress).map(drop));
-        let manuals = docs::manuals(&root, &self.progress)
+        let epoch = docs::epoch()?;
+        self.note(tally, docs::html(epoch, &root, &self.progress).map(drop));
+        let manuals = docs::manuals(epoch, &root, &self.progress)
             .and_then(|manuals| docs::lint(&manuals, &root, &self.progress));
         self.note(tally, manuals);
         Ok(())
@@ -401,6 +414,9 @@ impl Suite<'_> {
         let mut test = self.vm_tests(self.flavours());
         test.args(&self.args.filter)
             .args(self.args.soak.map(|_| SOAK));
+        if self.args.full {
+            test.env(FULL_VARIABLE, "1");
+        }
         if let Some(minutes) = self.args.soak {
             test.args(["--nocapture"])
                 .env(SOAK_VARIABLE, minutes.to_string());

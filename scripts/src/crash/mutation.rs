@@ -11,7 +11,6 @@ use anyhow::{ensure, Context, Result};
 use clap::ValueEnum;
 use std::fs;
 use std::path::Path;
-use walkdir::WalkDir;
 
 /// What is left out of the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -25,9 +24,6 @@ pub enum Mutation {
     /// The write-back of the last line of each kilobyte, or less, that is stored through the cache.
     Edge,
 }
-
-/// What a module is made of.
-const SOURCES: [&str; 4] = ["Kbuild", "Kconfig", "src", "drivers"];
 
 impl Mutation {
     /// As on the command line.
@@ -91,16 +87,7 @@ impl Mutation {
         let name = format!("mutation-{}", self.name());
         let tree = repo::target().join("crash").join(&name);
         let (file, ..) = self.replacement();
-        let mut files = Vec::new();
-        for source in SOURCES {
-            for entry in WalkDir::new(repo::dir().join(source)) {
-                let entry = entry?;
-                if entry.file_type().is_file() {
-                    files.push(entry.path().strip_prefix(repo::dir())?.to_owned());
-                }
-            }
-        }
-        for path in &files {
+        for path in &repo::module_sources()? {
             let from = repo::dir().join(path);
             let mut content =
                 fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;
