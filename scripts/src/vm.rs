@@ -27,6 +27,7 @@ mod flushes;
 mod image;
 mod memory;
 mod monitor;
+mod system;
 mod virtio;
 mod vmlinux;
 
@@ -38,6 +39,7 @@ pub use memory::{memmap, Persistent, Use, GIB, MIB, UPPER};
 pub use pmem_guest::{End, Ran, Random};
 pub use pmem_trace::calls::Calls;
 pub use pmem_trace::{Accesses, Counted, Kind, Shape};
+pub use system::System;
 
 use crate::flavour::Flavour;
 use crate::kernel::Kernel;
@@ -159,8 +161,17 @@ pub struct Builder<'a> {
     files: Vec<(PathBuf, String)>,
     next_kernel: bool,
     packed: bool,
+    disk: Option<Disk<'a>>,
     accelerator: Option<Accelerator>,
     boot_timeout: Duration,
+}
+
+/// A disk that has a system to boot.
+#[derive(Debug)]
+struct Disk<'a> {
+    path: &'a Path,
+    /// The kernel and its initramfs, where the disk's own boot loader is not to start them.
+    kernel: Option<(&'a Path, &'a Path)>,
 }
 
 impl<'a> Builder<'a> {
@@ -189,6 +200,7 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             next_kernel: false,
             packed: false,
+            disk: None,
             accelerator: None,
             boot_timeout: BOOT,
         }
@@ -389,6 +401,22 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Boots the system on a disk, by its own boot loader. It is to run `pmem-guest serve`. The machine's kernel only
+    /// says which accelerator works.
+    pub fn disk(mut self, path: &'a Path) -> Self {
+        self.disk = Some(Disk { path, kernel: None });
+        self
+    }
+
+    /// As [`Builder::disk`], but starts this kernel of the system's, with the command line of [`Builder::cmdline`].
+    pub fn disk_with(mut self, path: &'a Path, kernel: &'a Path, initrd: &'a Path) -> Self {
+        self.disk = Some(Disk {
+            path,
+            kernel: Some((kernel, initrd)),
+        });
+        self
+    }
+
     /// Uses this accelerator, whatever works best.
     pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
         self.accelerator = Some(accelerator);
@@ -502,9 +530,23 @@ impl<'a> Builder<'a> {
             );
             push("-numa", "node,nodeid=1,memdev=upper".into());
         }
-        push("-kernel", image.display().to_string());
-        push("-initrd", dir.join("initrd").display().to_string());
-        push("-append", self.command_line());
+        let initrd = dir.join("initrd");
+        let started = match &self.disk {
+            None => Some((image, initrd.as_path())),
+            Some(disk) => {
+                let path = value(disk.path);
+                push(
+                    "-drive",
+                    format!("file={path},format=raw,if=virtio,cache=unsafe"),
+                );
+                disk.kernel
+            }
+        };
+        if let Some((kernel, initrd)) = started {
+            push("-kernel", kernel.display().to_string());
+            push("-initrd", initrd.display().to_string());
+            push("-append", self.command_line());
+        }
         if self.has_monitor() {
             args.extend(monitor::arguments());
         }
@@ -545,6 +587,25 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Writes what the guest starts with into `dir`, and returns the modules that are loaded at boot.
+    fn initramfs(&self, dir: &Path, bzimage: &Path) -> Result<Vec<Module>> {
+        let early = Module::resolve(self.kernel, self.root, &EARLY.map(str::to_owned))?;
+        let mut modules = Module::resolve(self.kernel, self.root, &self.modules)?;
+        modules.retain(|module| early.iter().all(|other| other.name != module.name));
+        let image = Image::ensure(self.root, self.progress)?;
+        let initrd = dir.join("initrd");
+        image.write(&initrd, &early, &modules, &self.files)?;
+        if self.next_kernel {
+            let next = dir.join("next-initrd");
+            fs::rename(&initrd, &next)?;
+            let mut files = self.files.clone();
+            files.push((bzimage.to_owned(), NEXT_KERNEL.into()));
+            files.push((next, NEXT_INITRD.into()));
+            image.write(&initrd, &early, &modules, &files)?;
+        }
+        Ok(modules)
+    }
+
     fn launch(&self) -> Result<Vm> {
         ensure!(
             self.ram <= 2 * GIB,
@@ -579,23 +640,15 @@ impl<'a> Builder<'a> {
         fs::create_dir_all(&parent)
             .with_context(|| format!("cannot create {}", parent.display()))?;
         let dir = memory::scratch(&parent, "vm")?;
-        let early = Module::resolve(self.kernel, self.root, &EARLY.map(str::to_owned))?;
-        let mut modules = Module::resolve(self.kernel, self.root, &self.modules)?;
-        modules.retain(|module| early.iter().all(|other| other.name != module.name));
-        let image = Image::ensure(self.root, self.progress)?;
-        let initrd = dir.path().join("initrd");
-        image.write(&initrd, &early, &modules, &self.files)?;
-        if self.next_kernel {
-            let next = dir.path().join("next-initrd");
-            fs::rename(&initrd, &next)?;
-            let mut files = self.files.clone();
-            files.push((bzimage.clone(), NEXT_KERNEL.into()));
-            files.push((next, NEXT_INITRD.into()));
-            image.write(&initrd, &early, &modules, &files)?;
-        }
+        let modules = match self.disk {
+            // It has its own.
+            Some(_) => Vec::new(),
+            None => self.initramfs(dir.path(), bzimage)?,
+        };
 
         // A tree of the user's may not have what QEMU needs to start a vmlinux.
         let booted = match (self.packed, accelerator, self.kernel.flavour) {
+            _ if self.disk.is_some() => bzimage.clone(),
             (true, ..) | (_, Accelerator::Kvm, _) | (.., None) => bzimage.clone(),
             _ => vmlinux::ensure(self.kernel, bzimage, self.root, self.progress)?,
         };
@@ -614,6 +667,9 @@ impl<'a> Builder<'a> {
         let memories = memories.chain(self.pci.bars.iter().map(|device| device.memory));
         for memory in memories.chain(self.pci.disks.iter().copied()) {
             enter = enter.bind(memory.dir(), memory.dir());
+        }
+        if let Some(disk) = &self.disk {
+            enter = enter.bind(disk.path, disk.path);
         }
         // Where the plugin can read it.
         let memory = match self.recorded {
@@ -1179,6 +1235,28 @@ impl Vm {
             if !channel.ended(SLACK) {
                 drop(line);
                 return Err(self.silent("power off", Silence::TimedOut, SLACK));
+            }
+        }
+        drop(line);
+        self.kill()
+    }
+
+    /// Has systemd, in a guest that boots from a disk, stop what runs and power off.
+    pub fn shut_down(mut self) -> Result<()> {
+        let timeout = COMMAND * self.slowness;
+        let mut line = self.line();
+        if let Some(channel) = line.as_mut() {
+            channel.send(&Call {
+                id: 0,
+                request: Request::Run(Run {
+                    argv: ["systemctl", "poweroff"].map(str::to_owned).into(),
+                    timeout_ms: timeout.as_millis() as u64,
+                    ..Run::default()
+                }),
+            })?;
+            if !channel.ended(timeout) {
+                drop(line);
+                return Err(self.silent("systemctl poweroff", Silence::TimedOut, timeout));
             }
         }
         drop(line);

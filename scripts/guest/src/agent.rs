@@ -27,7 +27,7 @@ const PATH: &str = "/usr/bin:/usr/sbin:/usr/lib/busybox";
 /// Mounts what a system has, says that it is ready, and serves. Never returns: when it cannot go on it
 /// says why on the console and powers off, which the host notices.
 pub fn main() -> ! {
-    if let Err(error) = setup().and_then(|()| serve()) {
+    if let Err(error) = setup().and_then(|()| load_early()).and_then(|()| serve()) {
         eprintln!("pmem-guest: {error}");
     }
     power_off()
@@ -57,11 +57,17 @@ fn setup() -> io::Result<()> {
     std::env::set_current_dir("/root").or_else(|_| std::env::set_current_dir("/"))
 }
 
-fn serve() -> io::Result<()> {
+/// Loads what the port needs.
+fn load_early() -> io::Result<()> {
     let early = fs::read_to_string(EARLY_MODULES).map_err(|error| within(EARLY_MODULES, error))?;
     for module in early.lines() {
         insmod(module, "").map_err(|error| within(module, error))?;
     }
+    Ok(())
+}
+
+/// Says that the guest is ready, and answers requests. As a service of a system's, this is all that it does.
+pub fn serve() -> io::Result<()> {
     let mut lines = BufReader::new(port()?);
     answer(
         lines.get_ref(),

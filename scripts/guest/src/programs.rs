@@ -14,6 +14,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fallocate, FallocateFlags, OFlags};
 use serde_json::json;
 
+use crate::agent;
 use crate::aligned::Aligned;
 use crate::calls;
 use crate::direct;
@@ -29,6 +30,7 @@ use crate::writers;
 
 const USAGE: &str = "\
 usage: pmem-guest PROGRAM ...
+  serve                             do what the host asks for, as a service of an installed system
   fill FILE BYTES SEED              write pseudo-random bytes and fsync
   mmap-sync FILE BYTES SEED         store through MAP_SYNC, write back cache lines, no system call
   mmap-msync FILE BYTES SEED        store through a shared mapping, then msync
@@ -97,6 +99,7 @@ const HUGE: usize = 2 << 20;
 pub fn run(args: &[String]) -> io::Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
+        ["serve"] => agent::serve(),
         ["fill", file, len, seed] => fill(file, number(len)?, number(seed)? as u64),
         ["mmap-sync", file, len, seed] => store(file, number(len)?, number(seed)? as u64, true),
         ["mmap-msync", file, len, seed] => store(file, number(len)?, number(seed)? as u64, false),

@@ -116,7 +116,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The agent, built once a run, statically linked: guests and hosts have different C libraries.
-fn agent(progress: &Progress) -> Result<PathBuf> {
+pub(super) fn agent(progress: &Progress) -> Result<PathBuf> {
     static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     match &*built {

@@ -11,6 +11,7 @@ mod dax;
 mod disks;
 mod e820;
 mod filesystems;
+mod installed;
 mod io;
 mod iopmem;
 mod kexec;
