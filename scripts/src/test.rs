@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernel};
 use crate::progress::{self, Progress};
 use crate::root::Root;
 use crate::vm::{Setup, PMEM_KO};
-use crate::{docs, exec, module, repo, rust_analyzer};
+use crate::{deb, docs, exec, module, repo, rust_analyzer};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use std::fs;
@@ -337,6 +337,9 @@ impl Suite<'_> {
                 tally,
                 rust_analyzer::project(&kernel, &root, &self.progress).map(drop),
             );
+        }
+        if self.args.flavour.is_empty() && !self.args.debug {
+            self.note(tally, deb::make(&root, &self.progress).map(drop));
         }
         // It takes long to build, and no test boots it: at least its configuration holds.
         self.note(
