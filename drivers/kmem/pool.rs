@@ -161,7 +161,7 @@ impl Pool {
     }
 
     /// How many pages wait here.
-    fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         let stack = self.stack.lock().len();
         let slots = self.slots.iter().map(|slot| slot.stack.lock().len());
         slots.fold(stack, u64::wrapping_add)

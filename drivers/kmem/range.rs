@@ -200,6 +200,17 @@ struct Running {
     read_only: bool,
 }
 
+impl Running {
+    /// How many pages have data, or may have: all of a range that stays as it was found.
+    fn data(&self) -> u64 {
+        let pages = self.superblock.layout.data();
+        let pool = self.instance.pool();
+        let free = pool.memory().released().saturating_add(pool.len());
+        // What a write has in its hands now is counted as well.
+        pages.end.saturating_sub(pages.start).saturating_sub(free)
+    }
+}
+
 impl Range {
     /// A range of `memory` that is unplugged, and gets `format` if it has none.
     ///
@@ -680,6 +691,7 @@ impl Attributes for Range {
         (c"format", false),
         (c"uuid", false),
         (c"ram", false),
+        (c"data", false),
     ];
 
     fn show(&self, index: usize) -> Result<CString> {
@@ -707,7 +719,10 @@ impl Attributes for Range {
                     .released()
                     .saturating_mul(PAGE_SIZE)
             )),
-            (3, None) => CString::try_from_fmt(fmt!("0")),
+            (4, Some(running)) => {
+                CString::try_from_fmt(fmt!("{}", running.data().saturating_mul(PAGE_SIZE)))
+            }
+            (3 | 4, None) => CString::try_from_fmt(fmt!("0")),
             (1 | 2, None) => CString::try_from_fmt(fmt!("")),
             _ => Err(ENODEV),
         }

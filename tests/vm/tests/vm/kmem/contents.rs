@@ -2,7 +2,9 @@
 
 //! What is on the disk: all that was written, nothing that was not.
 
-use super::{attribute, census, groups, load_movable, ram, set_state, take_down, Census, Hog, BLK};
+use super::{
+    attribute, census, groups, load_movable, ram, set_state, take_down, Census, Hog, BLK, PAGE,
+};
 use anyhow::{ensure, Result};
 use std::fs;
 use vm_tests::{boot, load, stock, Persistent, GIB, MIB};
@@ -101,6 +103,33 @@ fn file_systems_outlive_an_unplug() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// How many blocks have data is said, whoever has the pages of the others.
+#[test]
+fn blocks_with_data_are_counted() -> Result<()> {
+    boot(stock()?, |vm| {
+        load_movable(vm, BLK)?;
+        let blocks = || -> Result<u64> { Ok(attribute(vm, "data")?.parse::<u64>()? / PAGE) };
+        assert_eq!(blocks()?, 0);
+        for (script, count) in [
+            ("dd if=/dev/urandom of=/dev/kmem1 bs=4k seek=7 count=1000 oflag=direct 2>/dev/null", 1000),
+            ("dd if=/dev/urandom of=/dev/kmem1 bs=4k seek=500 count=1000 oflag=direct 2>/dev/null", 1493),
+            ("blkdiscard -o $((507 * 4096)) -l $((93 * 4096)) /dev/kmem1", 1400),
+        ] {
+            vm.sh(script)?;
+            assert_eq!(blocks()?, count, "{script}");
+        }
+        for state in ["offline", "online", "offline"] {
+            set_state(vm, state)?;
+            assert_eq!(blocks()?, 1400, "{state}");
+        }
+        set_state(vm, "unplugged")?;
+        assert_eq!(blocks()?, 0);
+        set_state(vm, "online")?;
+        assert_eq!(blocks()?, 1400);
+        take_down(vm)
+    })
 }
 
 /// What was synced is there after a power loss, and the range says that it was in use.
