@@ -54,6 +54,8 @@ pub(crate) struct Kmem {
     pub(crate) uuid: String,
     /// Bytes that are with the system now.
     pub(crate) ram: Option<u64>,
+    /// Bytes that blocks of the disk hold now.
+    pub(crate) data: Option<u64>,
     /// Bytes of the disk, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) disk: Option<u64>,
@@ -109,7 +111,9 @@ impl List {
             if !text.is_empty() {
                 text.push('\n');
             }
-            let mut table = table(&["KMEM", "NODE", "FORMAT", "STATE", "RAM", "DISK", "USED BY"]);
+            let mut table = table(&[
+                "KMEM", "NODE", "FORMAT", "STATE", "RAM", "DATA", "DISK", "USED BY",
+            ]);
             for range in &self.kmem {
                 table.add_row([
                     range.name.clone(),
@@ -117,6 +121,7 @@ impl List {
                     range.format.clone(),
                     range.state.clone(),
                     or_dash(range.ram.map(Size)),
+                    or_dash(range.data.map(Size)),
                     or_dash(range.disk.map(Size)),
                     joined(&range.used_by),
                 ]);
@@ -158,6 +163,7 @@ impl Kmem {
             state: of("state").unwrap_or_default(),
             uuid: of("uuid").unwrap_or_default(),
             ram: of("ram").and_then(|text| text.parse().ok()),
+            data: of("data").and_then(|text| text.parse().ok()),
             disk: bytes(system, &name),
             used_by: users(system, &name, mounts),
             name,

@@ -470,6 +470,7 @@ fn disks_are_listed() {
         ("/sys/devices/faux/kmem1/format".to_owned(), "blk\n"),
         ("/sys/devices/faux/kmem1/state".to_owned(), "online\n"),
         ("/sys/devices/faux/kmem1/ram".to_owned(), "1048576\n"),
+        ("/sys/devices/faux/kmem1/data".to_owned(), "8192\n"),
         ("/sys/block/kmem1/size".to_owned(), "2048\n"),
     ])
     .collect();
@@ -506,8 +507,8 @@ fn disks_are_listed() {
                 "/mnt/a b"
             ],
             &[],
-            &["KMEM", "NODE", "FORMAT", "STATE", "RAM", "DISK", "USED BY"],
-            &["kmem1", "1", "blk", "online", "1MiB", "1MiB", "-"],
+            &["KMEM", "NODE", "FORMAT", "STATE", "RAM", "DATA", "DISK", "USED BY"],
+            &["kmem1", "1", "blk", "online", "1MiB", "8KiB", "1MiB", "-"],
         ]
     );
     let (_, json, _) = system.run(&["list", "--json"]);
