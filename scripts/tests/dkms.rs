@@ -69,8 +69,12 @@ impl Machine {
 
     /// Whether it is to be built, or else why not.
     fn check(&self, release: &str, force: &str) -> Result<(), String> {
+        self.run("check", release, force)
+    }
+
+    fn run(&self, command: &str, release: &str, force: &str) -> Result<(), String> {
         // Nothing of the host's but what each POSIX system has.
-        for program in ["sh", "sed", "tr", "grep", "dirname", "cat", "rm"] {
+        for program in ["sh", "sed", "tr", "grep", "dirname", "cat", "nproc", "rm"] {
             let to = self.dir.path().join("bin").join(program);
             if !to.exists() {
                 let path = ["/usr/bin", "/bin"]
@@ -82,7 +86,7 @@ impl Machine {
             }
         }
         let output = Command::new(repository().join("scripts/dkms/build"))
-            .args(["check", release])
+            .args([command, release])
             .arg(self.dir.path().join("tree"))
             .env("PATH", self.dir.path().join("bin"))
             .env("PMEM_DKMS_CACHE", self.dir.path().join("cache"))
@@ -195,4 +199,13 @@ fn a_name_that_leads_elsewhere_is_refused() {
     for release in ["../7.3.4", "", "7.3.4/x", ".", "7.3 4"] {
         assert!(Machine::new().check(release, "").is_err(), "{release:?}");
     }
+}
+
+#[test]
+fn what_was_kept_for_a_kernel_that_is_gone_is_removed() {
+    let machine = Machine::new();
+    machine.write("cache/7.0.0-gone/rust/libkernel.rmeta", "");
+    assert_eq!(machine.run("make", "7.3.4-mine", ""), Ok(()));
+    assert!(machine.dir.path().join("cache").exists());
+    assert!(!machine.dir.path().join("cache/7.0.0-gone").exists());
 }
