@@ -140,7 +140,7 @@ fn is_address(text: &str) -> bool {
 }
 
 /// The host's settings of apt that say how the mirror is reached, such as a proxy, in the syntax of apt.conf.
-pub fn host_options() -> Result<Vec<String>> {
+fn host_options() -> Result<Vec<String>> {
     match exec::stdout(Command::new("apt-config").arg("dump")) {
         Ok(dump) => Ok(network_options(&dump)),
         // A host without apt has PMEM_MIRROR and its proxy in the environment.
@@ -266,6 +266,26 @@ impl<'a> Archive<'a> {
         }
         command
     }
+}
+
+/// mmdebstrap, to make an archive of a Debian with these packages, by the host's way to the mirror. What is interrupted is
+/// thrown away, so that no file needs to be on the disk at once. The release, where it goes to and the sources come last.
+pub fn mmdebstrap(include: &[String]) -> Result<Command> {
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--variant=apt", "--format=tar", "--architectures=amd64"])
+        .arg(format!("--include={}", include.join(",")))
+        .args([
+            "--aptopt=Apt::Install-Recommends \"false\"",
+            "--aptopt=Acquire::Retries \"3\"",
+        ])
+        .args(
+            host_options()?
+                .iter()
+                .map(|option| format!("--aptopt={option}")),
+        )
+        .arg("--dpkgopt=force-unsafe-io");
+    Ok(command)
 }
 
 /// Reads a line of `apt-cache madison`: `name | version | where`.

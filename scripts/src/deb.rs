@@ -11,7 +11,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What lintian is not asked for: both are for packages that go to Debian's archive.
 const NOT_FOR_US: &str = "initial-upload-closes-no-bugs,bogus-mail-host";
@@ -54,18 +53,17 @@ pub fn make(root: &Root, progress: &Progress) -> Result<Packages> {
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let _lock = cache::Lock::take("deb", progress)?;
 
-    let epoch = commit_time();
+    let epoch = commit_time()?;
     let program = pmemctl(&out, root, progress)?;
     let stage = out.join(format!("pmem-{version}"));
     cache::remove(&stage)?;
     for path in repo::module_sources()? {
         copy(&repo::dir().join(&path), &stage.join(&path))?;
     }
-    for directory in ["scripts/dkms", "scripts/debian"] {
-        let to = match directory {
-            "scripts/debian" => "debian",
-            other => other,
-        };
+    for (directory, to) in [
+        ("scripts/dkms", "scripts/dkms"),
+        ("scripts/debian", "debian"),
+    ] {
         for path in repo::files_in(directory)? {
             let name = path.strip_prefix(directory)?;
             copy(&repo::dir().join(&path), &stage.join(to).join(name))?;
@@ -187,18 +185,14 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// When the sources were last changed, so that the same sources give the same packages.
-fn commit_time() -> u64 {
+fn commit_time() -> Result<u64> {
     let git = exec::stdout(Command::new("git").current_dir(repo::dir()).args([
         "log",
         "-1",
         "--format=%ct",
     ]));
-    git.ok()
-        .and_then(|time| time.trim().parse().ok())
-        .unwrap_or_else(|| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            now.map_or(0, |since| since.as_secs())
-        })
+    let time = git.ok().and_then(|time| time.trim().parse().ok());
+    time.map_or_else(docs::epoch, Ok)
 }
 
 /// Who makes the packages: Debian's variables, or git's.

@@ -354,18 +354,8 @@ fn make(base: &Path, progress: &Progress) -> Result<()> {
 
     let step = progress.step("build root: Debian 13");
     let log = exec::log_path("mmdebstrap")?;
-    let mut debootstrap = Command::new("mmdebstrap")
-        .args(["--variant=apt", "--format=tar", "--architectures=amd64"])
-        .arg(format!("--include={}", PACKAGES.join(",")))
-        .args([
-            "--aptopt=Apt::Install-Recommends \"false\"",
-            "--aptopt=Acquire::Retries \"3\"",
-        ])
-        .args(
-            apt::host_options()?
-                .iter()
-                .map(|option| format!("--aptopt={option}")),
-        )
+    let packages: Vec<String> = PACKAGES.iter().map(|&name| name.to_owned()).collect();
+    let mut debootstrap = apt::mmdebstrap(&packages)?
         // It is a root to compile in: without its manuals and translations it is half a gigabyte smaller.
         .args(
             [
@@ -375,8 +365,6 @@ fn make(base: &Path, progress: &Progress) -> Result<()> {
             ]
             .map(exclude),
         )
-        // What is interrupted is thrown away: no file needs to be on the disk at once.
-        .arg("--dpkgopt=force-unsafe-io")
         .args([Root::SUITE, "-"])
         .arg(&sources)
         .stdin(Stdio::null())

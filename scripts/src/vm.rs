@@ -1225,38 +1225,29 @@ impl Vm {
     }
 
     /// Writes everything back and powers off.
-    pub fn power_off(mut self) -> Result<()> {
-        let mut line = self.line();
-        if let Some(channel) = line.as_mut() {
-            channel.send(&Call {
-                id: 0,
-                request: Request::PowerOff,
-            })?;
-            if !channel.ended(SLACK) {
-                drop(line);
-                return Err(self.silent("power off", Silence::TimedOut, SLACK));
-            }
-        }
-        drop(line);
-        self.kill()
+    pub fn power_off(self) -> Result<()> {
+        self.ends("power off", Request::PowerOff, SLACK)
     }
 
     /// Has systemd, in a guest that boots from a disk, stop what runs and power off.
-    pub fn shut_down(mut self) -> Result<()> {
+    pub fn shut_down(self) -> Result<()> {
         let timeout = COMMAND * self.slowness;
+        let run = Run {
+            argv: ["systemctl", "poweroff"].map(str::to_owned).into(),
+            timeout_ms: timeout.as_millis() as u64,
+            ..Run::default()
+        };
+        self.ends("systemctl poweroff", Request::Run(run), timeout)
+    }
+
+    /// Asks the guest for what ends it, and waits until it has ended.
+    fn ends(mut self, what: &str, request: Request, timeout: Duration) -> Result<()> {
         let mut line = self.line();
         if let Some(channel) = line.as_mut() {
-            channel.send(&Call {
-                id: 0,
-                request: Request::Run(Run {
-                    argv: ["systemctl", "poweroff"].map(str::to_owned).into(),
-                    timeout_ms: timeout.as_millis() as u64,
-                    ..Run::default()
-                }),
-            })?;
+            channel.send(&Call { id: 0, request })?;
             if !channel.ended(timeout) {
                 drop(line);
-                return Err(self.silent("systemctl poweroff", Silence::TimedOut, timeout));
+                return Err(self.silent(what, Silence::TimedOut, timeout));
             }
         }
         drop(line);

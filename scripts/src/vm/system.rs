@@ -179,29 +179,16 @@ fn install(
     let sources = put("sources.list", &mirrors.sources(Root::SUITE))?;
     let archive = to.join("tree.tar");
 
-    let include = PACKAGES
+    let include: Vec<String> = PACKAGES
         .iter()
         .map(|&name| name.to_owned())
         .chain(kernels.iter().cloned())
-        .collect::<Vec<_>>()
-        .join(",");
+        .collect();
     let put_in =
         |file: &Path, path: &str| format!("--customize-hook=upload '{}' {path}", file.display());
     let step = progress.step("install Debian 13 and the packages");
-    let mut mmdebstrap = Command::new("mmdebstrap");
+    let mut mmdebstrap = apt::mmdebstrap(&include)?;
     mmdebstrap
-        .args(["--variant=apt", "--format=tar", "--architectures=amd64"])
-        .arg(format!("--include={include}"))
-        .args([
-            "--aptopt=Apt::Install-Recommends \"false\"",
-            "--aptopt=Acquire::Retries \"3\"",
-        ])
-        .args(
-            apt::host_options()?
-                .iter()
-                .map(|option| format!("--aptopt={option}")),
-        )
-        .arg("--dpkgopt=force-unsafe-io")
         .arg(put_in(agent, "/usr/bin/pmem-guest"))
         .arg("--customize-hook=chmod 755 \"$1/usr/bin/pmem-guest\"")
         .arg(put_in(&service, "/etc/systemd/system/pmem-guest.service"))
