@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     cache::remove(&cache.join("logs"))?;
-    let mut keep = vec![Root::directory()];
+    let mut keep = Root::directories().to_vec();
     if let Some(root) = Root::find() {
         keep.extend(kernel::directories(&root)?);
     }

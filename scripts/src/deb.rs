@@ -4,7 +4,7 @@
 
 use crate::progress::Progress;
 use crate::root::Root;
-use crate::{cache, docs, exec, repo};
+use crate::{cache, crates, docs, exec, repo};
 use anyhow::{ensure, Context, Result};
 use std::env;
 use std::fs;
@@ -129,43 +129,18 @@ pub fn make(root: &Root, progress: &Progress) -> Result<Packages> {
     Ok(packages)
 }
 
-/// Builds the program in the build root, so that it needs no newer C library than Debian 13 has. The crates are those
-/// that the host's cargo has fetched.
+/// Builds the program in the build root, so that it needs no newer C library than Debian 13 has.
 fn pmemctl(out: &Path, root: &Root, progress: &Progress) -> Result<PathBuf> {
-    let home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
-        .context("cargo's directory is not known; set CARGO_HOME")?;
-    let target = out.join("cargo");
     let step = progress.step("pmemctl for Debian 13");
-    let mut fetch = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    fetch.args(["fetch", "--locked"]).current_dir(repo::dir());
-    exec::run(&mut fetch, "fetch", &step)?;
-    let mut cargo = root.enter().bind(&home, &home).command("cargo");
-    cargo
-        .args([
-            "build",
-            "--release",
-            "--offline",
-            "--locked",
-            "--package",
-            "pmemctl",
-        ])
-        .arg("--target-dir")
-        .arg(&target)
-        .env("CARGO_HOME", &home)
-        // Where it was built is no one's concern.
-        .env(
-            "RUSTFLAGS",
-            format!(
-                "--remap-path-prefix={}=/usr/src/cargo --remap-path-prefix={}=/usr/src/pmem",
-                home.display(),
-                repo::dir().display()
-            ),
-        );
-    exec::run(&mut cargo, "pmemctl-deb", &step)?;
+    // Where it was built is no one's concern.
+    let rustflags = format!(
+        "--remap-path-prefix={}=/usr/src/cargo --remap-path-prefix={}=/usr/src/pmem",
+        crates::home()?.display(),
+        repo::dir().display()
+    );
+    let results = crates::build_in(root, "pmemctl", &out.join("cargo"), &rustflags, &step)?;
     step.done();
-    Ok(target.join("release/pmemctl"))
+    Ok(results.join("pmemctl"))
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

@@ -3,8 +3,8 @@
 //! The few programs that the host itself must have.
 
 use crate::apt::KEYRING;
-use crate::exec;
 use crate::progress::Progress;
+use crate::{crates, exec, repo};
 use anyhow::{bail, Result};
 use std::env;
 use std::os::unix::fs::PermissionsExt;
@@ -53,6 +53,26 @@ pub fn ensure(progress: &Progress) -> Result<()> {
 /// Installs what is missing to enter the build root.
 pub fn ensure_runtime(progress: &Progress) -> Result<()> {
     install(&missing(RUNTIME), progress)
+}
+
+/// Installs clippy, which neither rustup's minimal profile nor Debian's cargo comes with.
+pub fn ensure_clippy(progress: &Progress) -> Result<()> {
+    let mut version = crates::cargo("clippy");
+    version.arg("--version");
+    if exec::stdout(&mut version).is_ok() {
+        return Ok(());
+    }
+    if !find_program("rustup") {
+        return install(&["rust-clippy"], progress);
+    }
+    let step = progress.step("host: rustup component add clippy");
+    let mut rustup = Command::new("rustup");
+    rustup
+        .args(["component", "add", "clippy"])
+        .current_dir(repo::dir());
+    exec::run(&mut rustup, "rustup", &step)?;
+    step.done();
+    Ok(())
 }
 
 fn missing(needs: &[Need]) -> Vec<&'static str> {

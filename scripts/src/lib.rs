@@ -10,6 +10,7 @@
 //! | [`host`] | installs the few programs that the host itself must have |
 //! | [`root`] | makes the Debian build root and runs commands in it |
 //! | [`apt`] | finds the host's Debian mirror; fetches packages of one version |
+//! | [`crates`] | builds what the tools need of this workspace |
 //! | [`flavour`] | the kernels that we know how to build |
 //! | [`kernel`] | fetches or builds one of them |
 //! | [`module`] | builds `pmem.ko` for it |
@@ -25,6 +26,7 @@ pub mod build;
 pub mod cache;
 pub mod clean;
 pub mod crash;
+pub mod crates;
 pub mod deb;
 pub mod docs;
 pub mod exec;

@@ -25,7 +25,33 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What is installed in it.
+/// What a root is for.
+#[derive(Debug)]
+struct Purpose {
+    /// What it is called to the user.
+    title: &'static str,
+    packages: &'static [&'static str],
+    /// The packages whose versions decide whether what was compiled before still fits.
+    compilers: &'static [&'static str],
+}
+
+/// What everything is compiled and booted in.
+const BUILD: Purpose = Purpose {
+    title: "build root: Debian 13",
+    packages: PACKAGES,
+    compilers: &[
+        "bindgen", "clang", "gcc-14", "lld", "pahole", "rust-src", "rustc",
+    ],
+};
+
+/// The Rust that Debian has for its browsers, newer than the one that its kernels are compiled with.
+const NEWER_RUST: Purpose = Purpose {
+    title: "build root: a newer Rust",
+    packages: &["cargo-web", "gcc", "libc6-dev", "rustc-web"],
+    compilers: &["cargo-web", "rustc-web"],
+};
+
+/// What is installed in the build root.
 const PACKAGES: &[&str] = &[
     // The kernel's build.
     "bc",
@@ -87,11 +113,6 @@ const PACKAGES: &[&str] = &[
     "python3-sphinx",
 ];
 
-/// The packages whose versions decide whether what was compiled before still fits.
-const COMPILERS: &[&str] = &[
-    "bindgen", "clang", "gcc-14", "lld", "pahole", "rust-src", "rustc",
-];
-
 /// A build root that is complete.
 #[derive(Debug, Clone)]
 pub struct Root {
@@ -112,8 +133,17 @@ impl Root {
 
     /// Finds the build root in the cache, or makes it: a minute or so, and 2 GB.
     pub fn ensure(progress: &Progress) -> Result<Root> {
+        Self::ensure_for(&BUILD, progress)
+    }
+
+    /// As [`Root::ensure`], a root that has nothing but Debian's newest Rust: half a minute, and 1 GB.
+    pub fn newer_rust(progress: &Progress) -> Result<Root> {
+        Self::ensure_for(&NEWER_RUST, progress)
+    }
+
+    fn ensure_for(purpose: &Purpose, progress: &Progress) -> Result<Root> {
         cache::create()?;
-        let base = Self::directory();
+        let base = purpose.directory();
         if let Some(root) = Self::open(&base) {
             host::ensure_runtime(progress)?;
             return Ok(root);
@@ -123,20 +153,19 @@ impl Root {
             return Ok(root);
         }
         host::ensure(progress)?;
-        cache::publish(&base, |partial| make(partial, progress))?;
+        cache::publish(&base, |partial| make(purpose, partial, progress))?;
         Self::open(&base)
             .with_context(|| format!("the build root in {} is not whole", base.display()))
     }
 
-    /// Where the build root is in the cache.
-    pub fn directory() -> PathBuf {
-        let key = cache::key(std::iter::once(&Self::SUITE).chain(PACKAGES));
-        cache::dir().join("root").join(key)
+    /// Where the roots are in the cache, those that there are and those that there may be.
+    pub fn directories() -> [PathBuf; 2] {
+        [&BUILD, &NEWER_RUST].map(Purpose::directory)
     }
 
     /// The build root, if it is in the cache.
     pub fn find() -> Option<Root> {
-        Self::open(&Self::directory())
+        Self::open(&BUILD.directory())
     }
 
     fn open(base: &Path) -> Option<Root> {
@@ -194,6 +223,14 @@ impl Root {
             chdir: repo::dir().to_path_buf(),
             apt: false,
         }
+    }
+}
+
+impl Purpose {
+    /// Where its root is in the cache.
+    fn directory(&self) -> PathBuf {
+        let key = cache::key(std::iter::once(&Root::SUITE).chain(self.packages));
+        cache::dir().join("root").join(key)
     }
 }
 
@@ -345,16 +382,20 @@ impl Args {
 }
 
 /// Makes a root in `base`.
-fn make(base: &Path, progress: &Progress) -> Result<()> {
+fn make(purpose: &Purpose, base: &Path, progress: &Progress) -> Result<()> {
     let tree = base.join("tree");
     fs::create_dir(&tree)?;
     let sources = base.join("sources.list");
     let mirrors = apt::Mirrors::find()?;
     fs::write(&sources, mirrors.sources(Root::SUITE))?;
 
-    let step = progress.step("build root: Debian 13");
+    let step = progress.step(purpose.title);
     let log = exec::log_path("mmdebstrap")?;
-    let packages: Vec<String> = PACKAGES.iter().map(|&name| name.to_owned()).collect();
+    let packages: Vec<String> = purpose
+        .packages
+        .iter()
+        .map(|&name| name.to_owned())
+        .collect();
     let mut debootstrap = apt::mmdebstrap(&packages)?
         // It is a root to compile in: without its manuals and translations it is half a gigabyte smaller.
         .args(
@@ -403,7 +444,7 @@ fn make(base: &Path, progress: &Progress) -> Result<()> {
 
     // Debian's own names for the compilers, which the kernel's recorded build wants.
     let info = Info {
-        compilers: compilers(&tree)?,
+        compilers: compilers(purpose, &tree)?,
     };
     fs::write(base.join("info.json"), serde_json::to_vec_pretty(&info)?)?;
     step.done();
@@ -415,11 +456,12 @@ fn exclude(glob: &str) -> String {
 }
 
 /// A key of the versions of the compilers that are installed in `tree`.
-fn compilers(tree: &Path) -> Result<String> {
+fn compilers(purpose: &Purpose, tree: &Path) -> Result<String> {
     let path = tree.join("var/lib/dpkg/status");
     let status =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let versions: Vec<String> = COMPILERS
+    let versions: Vec<String> = purpose
+        .compilers
         .iter()
         .filter_map(|package| {
             Some(format!(
@@ -429,7 +471,7 @@ fn compilers(tree: &Path) -> Result<String> {
         })
         .collect();
     ensure!(
-        versions.len() == COMPILERS.len(),
+        versions.len() == purpose.compilers.len(),
         "compilers are missing from the build root"
     );
     Ok(cache::key(versions))

@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernel};
 use crate::progress::{self, Progress};
 use crate::root::Root;
 use crate::vm::{Setup, PMEM_KO};
-use crate::{deb, docs, exec, module, repo, rust_analyzer};
+use crate::{crates, deb, docs, exec, host, module, repo, rust_analyzer};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use std::fs;
@@ -262,22 +262,9 @@ impl Suite<'_> {
     }
 
     fn clippy(&self, tally: &mut Tally) -> Result<()> {
-        // rustup's minimal profile comes without it.
-        let there = cargo("clippy")
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status()?;
-        if !there.success() {
-            let added = Command::new("rustup")
-                .args(["component", "add", "clippy"])
-                .status();
-            ensure!(
-                added.is_ok_and(|status| status.success()),
-                "cargo clippy is not there; install it"
-            );
-        }
-        let mut cargo = cargo("clippy");
-        cargo.args(["--workspace", "--all-targets", "--", "--deny", "warnings"]);
+        host::ensure_clippy(&self.progress)?;
+        let mut cargo = self.cargo_workspace("clippy")?;
+        cargo.args(["--all-targets", "--", "--deny", "warnings"]);
         let passed = cargo.status().context("cannot run cargo")?.success();
         *tally += Tally::of(passed);
 
@@ -296,8 +283,8 @@ impl Suite<'_> {
     }
 
     fn host(&self, tally: &mut Tally) -> Result<()> {
-        let mut test = cargo("test");
-        test.args(["--workspace", "--no-fail-fast"]);
+        let mut test = self.cargo_workspace("test")?;
+        test.arg("--no-fail-fast");
         if has_vm_tests() {
             test.args(["--exclude", VM_TESTS]);
         }
@@ -439,6 +426,22 @@ impl Suite<'_> {
         test
     }
 
+    /// The host's cargo, for all crates that its Rust is new enough for.
+    fn cargo_workspace(&self, command: &str) -> Result<Command> {
+        let mut cargo = cargo(command);
+        cargo.arg("--workspace");
+        for krate in crates::too_new()? {
+            self.progress.line(&format!(
+                "cargo {command} leaves {} out: it needs Rust {}, and this is {}",
+                krate.name,
+                krate.rust.unwrap_or_default(),
+                crates::host_rust()?
+            ));
+            cargo.args(["--exclude", &krate.name]);
+        }
+        Ok(cargo)
+    }
+
     /// `usual`, or if the user chose others, the first of those.
     fn first(&self, usual: Flavour) -> Flavour {
         match self.args.flavour.first() {
@@ -462,11 +465,8 @@ fn has_vm_tests() -> bool {
 }
 
 fn cargo(command: &str) -> Command {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .arg(command)
-        .current_dir(repo::dir())
-        .stdin(Stdio::null());
+    let mut cargo = crates::cargo(command);
+    cargo.stdin(Stdio::null());
     cargo
 }
 

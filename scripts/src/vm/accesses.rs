@@ -5,7 +5,8 @@
 //! QEMU's own plugins see each access of a CPU that is emulated. Ours, the crate `pmem-plugin`, counts those to one range,
 //! or records them, and answers over a socket in the machine's directory.
 
-use super::{crates, value, Persistent};
+use super::{value, Persistent};
+use crate::crates;
 use crate::progress::Progress;
 use anyhow::{ensure, Result};
 use pmem_trace::Counted;

@@ -6,7 +6,7 @@
 //! every kernel, and cached. The second has the agent, the kernel's modules and what else one machine asks for.
 
 use super::cpio::Archive;
-use super::crates;
+use crate::crates;
 use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::root::Root;
