@@ -35,14 +35,36 @@ const MARKS: &[&str] = &[
 
 /// The lines of `console` in which the kernel reports a fault.
 pub fn complaints(console: &str) -> Vec<String> {
-    console
-        .lines()
-        .filter(|line| {
-            let text = message(line);
-            MARKS.iter().any(|mark| text.contains(mark)) && !harmless(text)
+    let lines: Vec<&str> = console.lines().collect();
+    (0..lines.len())
+        .filter(|&at| {
+            let text = message(lines[at]);
+            let marked = MARKS.iter().any(|mark| text.contains(mark));
+            marked && !harmless(text) && !of_pciehp(&lines[at..])
         })
-        .map(str::to_owned)
+        .map(|at| lines[at].to_owned())
         .collect()
+}
+
+/// Whether a report of lockdep's begins here that is about PCIe hotplug itself: whatever comes into a slot, the function
+/// that configures it lets go of the first of two locks while drivers are bound, and takes it again below the second.
+fn of_pciehp(report: &[&str]) -> bool {
+    let Some((first, rest)) = report.split_first() else {
+        return false;
+    };
+    let mut locks = rest
+        .iter()
+        .take_while(|line| !line.contains("existing dependency chain"))
+        .filter_map(|line| line.split_once("}, at: "));
+    let mut taken = |lock: &str| {
+        locks
+            .next()
+            .is_some_and(|(what, place)| what.contains(lock) && place.starts_with("pciehp_"))
+    };
+    first.contains("possible circular locking dependency")
+        && taken("(&ctrl->reset_lock)")
+        && taken("(pci_rescan_remove_lock)")
+        && locks.next().is_none()
 }
 
 /// Of kmemleak only a report of leaks matters.
@@ -100,6 +122,31 @@ mod tests {
         ] {
             assert_eq!(complaints(line), [""; 0], "{line}");
         }
+    }
+
+    #[test]
+    fn a_report_about_hotplug_itself_is_known() {
+        let report = "\
+[   13.675018] WARNING: possible circular locking dependency detected
+[   13.675772] irq/24-pciehp/38 is trying to acquire lock:
+[   13.675907] ffff8880080212d8 (&ctrl->reset_lock){.+.+}-{4:4}, at: pciehp_configure_device+0x17d/0x380
+[   13.676785] but task is already holding lock:
+[   13.681771] ffffffff82faf6c0 (pci_rescan_remove_lock){+.+.}-{4:4}, at: pciehp_configure_device+0x75/0x380
+[   13.682274] the existing dependency chain (in reverse order) is:";
+        assert_eq!(complaints(report), [""; 0]);
+        let first = report.lines().next().unwrap();
+        for (from, to) in [
+            ("reset_lock", "other_lock"),
+            ("at: pciehp_configure", "at: iopmem_probe"),
+            ("(pci_rescan_remove_lock)", "(&x->mutex)"),
+            ("possible circular", "possible recursive"),
+        ] {
+            let other = report.replace(from, to);
+            assert_eq!(complaints(&other).len(), 1, "{other}");
+        }
+        let end = "[   13.7] BUG: KASAN: x";
+        assert_eq!(complaints(&format!("{report}\n{end}")), [end]);
+        assert_eq!(complaints(&format!("{first}\n{end}")), [first, end]);
     }
 
     #[test]
