@@ -99,6 +99,11 @@ pub fn flavour() -> Result<Flavour> {
     Ok(loads.unwrap_or(Flavour::Cloud))
 }
 
+/// Whether the kernel has KASAN, whose shadow takes an eighth of the machine's memory, and of what is mapped as I/O memory is.
+pub fn has_kasan() -> Result<bool> {
+    Ok(flavour()? == Flavour::Debug)
+}
+
 /// A machine with the kernel of [`flavour`].
 pub fn stock() -> Result<Builder<'static>> {
     Ok(machine(flavour()?)?.module("ext4"))

@@ -170,6 +170,13 @@ pub(super) fn groups(vm: &Vm) -> Result<()> {
     .map(drop)
 }
 
+/// Processes that want more memory of node 1 than there is, one after another, until the file `stop` is there. What starts
+/// them is of no group: a kernel with KASAN takes its shadow of a new process's stack from the memory of the group.
+pub(super) const TOO_MUCH: &str = "\
+    ( while [ ! -e stop ]; do
+          ( echo 0 >/sys/fs/cgroup/node1/cgroup.procs; exec pmem-guest hog 100000000000 1 /tmp/never ) >/dev/null 2>&1 || true
+      done ) &";
+
 /// A process that has memory of one node, until it is ended.
 struct Hog<'a> {
     vm: &'a Vm,

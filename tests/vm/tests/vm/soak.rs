@@ -33,11 +33,11 @@ fn round(vm: &Vm, n: u64, seed: u64) -> Result<()> {
         ),
         GUARD,
     )?;
+    let too_much = kmem::TOO_MUCH;
     vm.sh_for(
         &format!(
             "cd /tmp; rm -f stop
-             ( echo 0 >/sys/fs/cgroup/node1/cgroup.procs
-               while [ ! -e stop ]; do pmem-guest hog 100000000000 1 /tmp/never >/dev/null 2>&1 || true; done ) &
+             {too_much}
              ( while [ ! -e stop ]; do
                    echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory; sleep 2
                done ) &

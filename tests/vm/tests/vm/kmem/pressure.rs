@@ -2,7 +2,7 @@
 
 //! Writes when memory is short: none is lost, none hangs, and none fails as long as there is a page.
 
-use super::{groups, load_movable, ram, set_state, take_down, Hog, PAGE};
+use super::{groups, load_movable, ram, set_state, take_down, Hog, PAGE, TOO_MUCH};
 use anyhow::{ensure, Result};
 use std::time::Duration;
 use vm_tests::{boot, load, stock, End, MIB};
@@ -30,18 +30,19 @@ fn writes_succeed_beside_processes_that_run_out_of_memory() -> Result<()> {
         )?;
         // New blocks and old ones, past the page cache and through it.
         vm.sh_for(
-            "cd /tmp
-             ( echo 0 >/sys/fs/cgroup/node1/cgroup.procs
-               while [ ! -e stop ]; do pmem-guest hog 100000000000 1 /tmp/never >/dev/null 2>&1 || true; done ) &
-             for round in 1 2 3; do
-                 fio --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=2 --output=report --randseed=$round \\
-                     --name=disk --filename=/dev/kmem1p2 --direct=1 --rw=randwrite --bsrange=4k-64k --size=24m \\
-                     --name=files --directory=/mnt/a --nrfiles=4 --rw=randwrite --bs=4k --size=12m --fsync=64 \\
-                     || { cat report; exit 1; }
-                 rm /mnt/a/*.*; fstrim /mnt/a; blkdiscard /dev/kmem1p2
-             done
-             touch stop
-             wait",
+            &format!(
+                "cd /tmp
+                 {TOO_MUCH}
+                 for round in 1 2 3; do
+                     fio --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=2 --output=report --randseed=$round \\
+                         --name=disk --filename=/dev/kmem1p2 --direct=1 --rw=randwrite --bsrange=4k-64k --size=24m \\
+                         --name=files --directory=/mnt/a --nrfiles=4 --rw=randwrite --bs=4k --size=12m --fsync=64 \\
+                         || {{ cat report; exit 1; }}
+                     rm /mnt/a/*.*; fstrim /mnt/a; blkdiscard /dev/kmem1p2
+                 done
+                 touch stop
+                 wait"
+            ),
             GUARD,
         )?;
         let killed: u32 = vm
