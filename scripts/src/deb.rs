@@ -12,8 +12,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What lintian is not asked for: both are for packages that go to Debian's archive.
-const NOT_FOR_US: &str = "initial-upload-closes-no-bugs,bogus-mail-host";
+/// What lintian is not asked for: all of it is for packages that go to Debian's archive.
+const NOT_FOR_US: &str =
+    "initial-upload-closes-no-bugs,bogus-mail-host,bogus-mail-host-in-debian-changelog";
+
+/// Where kernels come from; their headers bring libraries with them, whose own headers must be of the same version.
+const BACKPORTS: &str = "trixie-backports";
 
 /// Make Debian packages: pmem-dkms and pmemctl.
 ///
@@ -39,7 +43,8 @@ pub fn run(_args: &Args) -> Result<()> {
     println!("{}", packages.dkms.display());
     println!("{}", packages.pmemctl.display());
     println!(
-        "\nOn Debian 13 with a kernel from backports, and the headers of that kernel:\n    apt install {} {}",
+        "\nOn Debian 13 with a kernel from backports, and the headers of that kernel:\n    \
+         apt install {} {} libdw-dev/{BACKPORTS} libelf-dev/{BACKPORTS}",
         packages.dkms.display(),
         packages.pmemctl.display()
     );
@@ -190,6 +195,6 @@ fn maintainer() -> String {
     format!(
         "{} <{}>",
         one("DEBFULLNAME", "user.name", "The pmem maintainers"),
-        one("DEBEMAIL", "user.email", "root@localhost")
+        one("DEBEMAIL", "user.email", "maintainers@localhost")
     )
 }
