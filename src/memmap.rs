@@ -507,9 +507,9 @@ fn mode<'a>(cache: &'a str, memmap: &'a str) -> Result<Mode, Error<'a>> {
 }
 
 /// Reads the lists, which are of one length, element by element.
-fn parse<'a>(
-    params: Params<'a>,
-) -> impl Iterator<Item = Result<(PhysRange, Split, Mode), Error<'a>>> + 'a {
+fn parse(
+    params: Params<'_>,
+) -> impl Iterator<Item = Result<(PhysRange, Split, Mode), Error<'_>>> + '_ {
     let count = if is_nothing(&params) { 0 } else { usize::MAX };
     size::list(params.start)
         .take(count)

@@ -33,7 +33,8 @@ impl Batch for Line {
 }
 
 fn text(line: &Line) -> String {
-    line.0.iter().map(|flush| format!(" {flush}")).collect()
+    let words: Vec<_> = line.0.iter().map(|flush| format!(" {flush}")).collect();
+    words.concat()
 }
 
 const CALLS: [fn(&mut Rounds<Line>) -> String; 5] = [

@@ -81,9 +81,9 @@ impl Random {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ x >> 31
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
     }
 
     fn below(&mut self, end: usize) -> usize {
@@ -98,11 +98,11 @@ impl Random {
 /// CRC32C by a table, which is not how the driver does it.
 fn reference_crc(bytes: &[u8]) -> u32 {
     static TABLE: LazyLock<Vec<u32>> = LazyLock::new(|| {
-        let step = |c: u32| c >> 1 ^ if c & 1 != 0 { 0x82f6_3b78 } else { 0 };
+        let step = |c: u32| (c >> 1) ^ if c & 1 != 0 { 0x82f6_3b78 } else { 0 };
         (0..256).map(|i| (0..8).fold(i, |c, _| step(c))).collect()
     });
     !bytes.iter().fold(!0, |crc, &byte| {
-        crc >> 8 ^ TABLE[(crc as u8 ^ byte) as usize]
+        (crc >> 8) ^ TABLE[(crc as u8 ^ byte) as usize]
     })
 }
 
@@ -313,7 +313,7 @@ fn each_lost_granule_is_found() {
         for way in 0_u32..1 << changed.len() {
             let mut bytes = from;
             for (i, &at) in changed.iter().enumerate() {
-                if way >> i & 1 != 0 {
+                if (way >> i) & 1 != 0 {
                     bytes[at..at + 8].copy_from_slice(&to[at..at + 8]);
                 }
             }

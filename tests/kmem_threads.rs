@@ -162,7 +162,7 @@ impl Random {
 
 /// The data of a write: the number of the block, and of the write.
 fn tag(block: u64, number: u64) -> u64 {
-    block << 48 | number
+    (block << 48) | number
 }
 
 /// Reads, writes and discards the blocks of a disk, which has so many and spare pages, from many

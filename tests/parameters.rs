@@ -259,7 +259,10 @@ fn asked_for(config: &Config<'_>, iopmem: iopmem::Config) -> String {
         let cache = (mode.cache != Cache::default()).then(|| mode.cache.name());
         let pages = (mode.struct_pages != StructPages::Ram).then(|| mode.struct_pages.name());
         let words = [cache, pages].into_iter().flatten();
-        words.map(|word| format!(":{word}")).collect::<String>()
+        words
+            .map(|word| format!(":{word}"))
+            .collect::<Vec<_>>()
+            .concat()
     };
 
     let ranges = config.ranges().map(|(range, split, mode)| {

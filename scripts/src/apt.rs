@@ -128,7 +128,8 @@ impl Mirrors {
             .into_iter()
             .chain(security)
             .map(|(site, part)| format!("deb [signed-by={KEYRING}] {site} {suite}{part} main\n"))
-            .collect()
+            .collect::<Vec<_>>()
+            .concat()
     }
 }
 

@@ -55,7 +55,8 @@ pub fn key<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> String {
     digest[..6]
         .iter()
         .map(|byte| format!("{byte:02x}"))
-        .collect()
+        .collect::<Vec<_>>()
+        .concat()
 }
 
 /// Held while something in the cache is being made; other runs wait.

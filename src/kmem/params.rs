@@ -304,9 +304,9 @@ fn format(name: &str) -> Result<Option<Format>, Error<'_>> {
 }
 
 /// Reads the lists, which are of one length, element by element.
-fn parse<'a>(
-    params: Params<'a>,
-) -> impl Iterator<Item = Result<(PhysRange, Option<Format>), Error<'a>>> + 'a {
+fn parse(
+    params: Params<'_>,
+) -> impl Iterator<Item = Result<(PhysRange, Option<Format>), Error<'_>>> + '_ {
     let count = if is_nothing(&params) { 0 } else { usize::MAX };
     size::list(params.start)
         .take(count)

@@ -127,7 +127,8 @@ impl Uuid {
         const VERSION: u128 = 0xf << 76;
         const VARIANT: u128 = 0b11 << 62;
 
-        let uuid = u128::from_be_bytes(bytes) & !(VERSION | VARIANT) | 4 << 76 | 0b10 << 62;
+        let uuid = u128::from_be_bytes(bytes) & !(VERSION | VARIANT);
+        let uuid = uuid | (4 << 76) | (0b10 << 62);
         Self(uuid.to_be_bytes())
     }
 }
@@ -926,7 +927,7 @@ mod tests {
         );
         let all = Uuid::from_random([0xff; 16]).0;
         assert_eq!(all.iter().map(|byte| byte.count_zeros()).sum::<u32>(), 4);
-        assert_eq!(u128::from_be_bytes(all) >> 76 & 0xf, 4);
-        assert_eq!(u128::from_be_bytes(all) >> 62 & 3, 2);
+        assert_eq!((u128::from_be_bytes(all) >> 76) & 0xf, 4);
+        assert_eq!((u128::from_be_bytes(all) >> 62) & 3, 2);
     }
 }

@@ -253,9 +253,9 @@ impl Memory {
         assert!(end <= self.len(), "{offset}..{end} is beyond the end");
 
         let addr = self.addr(offset);
-        // SAFETY: They are in the memory, as just checked. Nobody writes meanwhile: the memory
-        // belongs to one thread, as it is not `Sync`.
         (0..len)
+            // SAFETY: They are in the memory, as just checked. Nobody writes meanwhile: the memory
+            // belongs to one thread, as it is not `Sync`.
             .map(|i| unsafe { addr.wrapping_add(i).read() })
             .collect()
     }
@@ -532,7 +532,7 @@ impl Iterator for CrashImages {
         let mut image = self.media.durable.clone();
         for (i, store) in self.media.in_flight.iter().enumerate() {
             let survives = if self.exhaustive {
-                way >> i & 1 != 0
+                (way >> i) & 1 != 0
             } else {
                 match (way, way % 4) {
                     (0, _) => false,
@@ -560,8 +560,8 @@ impl Random {
     fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^= x >> 31;
 
         // It fits back, as it is less than `end`.

@@ -326,7 +326,7 @@ mod tests {
                 let stored = at & !7 == offset;
                 assert_eq!(u64::from(byte), if stored { 0xf0 + at % 8 } else { at });
                 if let Some(loaded) = loaded.filter(|_| stored) {
-                    assert_eq!(loaded >> (8 * (at % 8)) & 0xff, at);
+                    assert_eq!((loaded >> (8 * (at % 8))) & 0xff, at);
                 }
             }
         }

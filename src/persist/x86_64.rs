@@ -182,8 +182,8 @@ impl X86_64 {
         };
 
         CpuFeatures {
-            clflushopt: features & 1 << 23 != 0,
-            clwb: features & 1 << 24 != 0,
+            clflushopt: features & (1 << 23) != 0,
+            clwb: features & (1 << 24) != 0,
         }
     }
 }

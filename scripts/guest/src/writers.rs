@@ -363,7 +363,7 @@ pub fn blocks_write(disk: &str, log: &str, count: u64, threads: u64, seed: u64) 
                 let first = n * share + random.next() % (share - len + 1);
                 let tag = match zeroes {
                     Some(_) => 0,
-                    None => round << 32 | n << 24 | next,
+                    None => (round << 32) | (n << 24) | next,
                 };
                 next += 1;
                 let (at, bytes) = (first * BLOCK as u64, len * BLOCK as u64);
@@ -417,7 +417,7 @@ pub fn blocks_race(disk: &str, count: u64, time: Duration) -> io::Result<()> {
                     match n {
                         0 | 1 => {
                             let tag = n + 1 + THREADS * ops;
-                            let word = (block << 40 | tag).to_le_bytes();
+                            let word = ((block << 40) | tag).to_le_bytes();
                             for to in data.bytes_mut().chunks_exact_mut(8) {
                                 to.copy_from_slice(&word);
                             }
@@ -559,7 +559,7 @@ pub fn files_write(dir: &str, log: &str, seed: u64) -> io::Result<()> {
                 tag: 0,
             }
         } else {
-            let tag = round << 32 | next;
+            let tag = (round << 32) | next;
             next += 1;
             Record {
                 done: false,

@@ -40,7 +40,7 @@ pub const TARGETS: [Target; 8] = [
 /// Takes values from the front of what a fuzzer gives; zeros when there is no more.
 struct Input<'a>(&'a [u8]);
 
-impl<'a> Input<'a> {
+impl Input<'_> {
     fn bytes<const N: usize>(&mut self) -> [u8; N] {
         let (now, later) = self.0.split_at(N.min(self.0.len()));
         self.0 = later;

@@ -132,7 +132,7 @@ impl Content {
         let first = usize::from(piece.granule) * GRANULE as usize;
         let places = self.bytes.iter_mut().skip(first);
         for (n, (place, &byte)) in places.zip(&piece.bytes).enumerate() {
-            if piece.mask & 1 << n != 0 {
+            if piece.mask & (1 << n) != 0 {
                 *place = byte;
             }
         }
@@ -145,7 +145,7 @@ fn patches<'a>(lines: impl Iterator<Item = (u64, &'a Content)>) -> Vec<Patch> {
     let mut patches: Vec<Patch> = Vec::new();
     for (line, content) in lines {
         for (n, &byte) in content.bytes.iter().enumerate() {
-            if content.mask & 1 << n == 0 {
+            if content.mask & (1 << n) == 0 {
                 continue;
             }
             let address = line * LINE + n as u64;
@@ -289,7 +289,7 @@ impl Domain {
                 How::Cached => cached,
                 How::NonTemporal => non_temporal,
             };
-            kind && piece.on_its_way & 1 << cpu != 0
+            kind && piece.on_its_way & (1 << cpu) != 0
         };
         for line in lines {
             let Some(pieces) = self.pending.get_mut(&line) else {
@@ -308,7 +308,10 @@ impl Domain {
                 !is_done
             });
             // A serializing instruction leaves some.
-            if pieces.iter().any(|piece| piece.on_its_way & 1 << cpu != 0) {
+            if pieces
+                .iter()
+                .any(|piece| piece.on_its_way & (1 << cpu) != 0)
+            {
                 self.on_their_way.entry(cpu).or_default().insert(line);
             }
             if pieces.is_empty() {
@@ -621,9 +624,9 @@ impl Random {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
     }
 
     /// A number less than `end`; 0 if that is 0.

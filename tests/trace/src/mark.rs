@@ -17,7 +17,7 @@ const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 
 /// The register, as it is written to the first port: that one is enabled, bus 0, device 0, function 0.
-const MARK: u32 = 1 << 31 | REGISTER as u32;
+const MARK: u32 = (1 << 31) | REGISTER as u32;
 
 /// Finds marks among what is written to I/O ports.
 #[derive(Debug, Default)]

@@ -33,7 +33,7 @@ pub fn translate(
     let mut table = cr3 & ADDRESS;
     for level in (0..levels).rev() {
         let shift = 12 + 9 * level;
-        let at = table | (address >> shift & 0x1ff) << 3;
+        let at = table | (((address >> shift) & 0x1ff) << 3);
         let entry = read(at).ok_or(Fault::Unreadable(at))?;
         if entry & PRESENT == 0 {
             return Err(Fault::NotPresent);
@@ -54,7 +54,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     /// Attributes that are not the address's: no execution, global, dirty, accessed, written to by users.
-    const FLAGS: u64 = 1 << 63 | 0x167;
+    const FLAGS: u64 = (1 << 63) | 0x167;
 
     fn tables() -> BTreeMap<u64, u64> {
         BTreeMap::from([
@@ -72,10 +72,10 @@ mod tests {
     }
 
     fn at(indices: [u64; 4], within: u64) -> u64 {
-        let address = indices
+        let address = (indices
             .iter()
-            .fold(0, |address, index| address << 9 | index)
-            << 12
+            .fold(0, |address, index| (address << 9) | index)
+            << 12)
             | within;
         // Canonical.
         ((address << 16) as i64 >> 16) as u64
@@ -86,7 +86,7 @@ mod tests {
         let tables = tables();
         let read = |at| Some(tables.get(&at).copied().unwrap_or(0));
         // The bits of cr3 that are no address do not matter.
-        let translate = |address| translate(0x1000 | 1 << 63 | 0xfff, 0, address, read);
+        let translate = |address| translate(0x1000 | (1 << 63) | 0xfff, 0, address, read);
         let (mib, gib) = (1 << 20, 1 << 30);
         for (address, physical) in [
             (at([273, 3, 5, 7], 0xabc), Ok(0x1_2345_6abc)),
@@ -108,7 +108,7 @@ mod tests {
     fn five_levels() {
         let tables = tables();
         let read = |at| Some(tables.get(&at).copied().unwrap_or(0));
-        let address = 1 << 48 | at([273, 3, 5, 7], 1) & 0xffff_ffff_ffff;
+        let address = (1 << 48) | at([273, 3, 5, 7], 1) & 0xffff_ffff_ffff;
         assert_eq!(translate(0x5000, LA57, address, read), Ok(0x1_2345_6001));
         assert_eq!(translate(0x1000, 0, address, read), Ok(0x1_2345_6001));
     }

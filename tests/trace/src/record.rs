@@ -281,7 +281,7 @@ impl<W: Write> Writer<W> {
                     true => bytes.len().trailing_zeros() as u8,
                     false => LENGTH_FOLLOWS,
                 };
-                buffer.push(tag | power << LENGTH);
+                buffer.push(tag | (power << LENGTH));
                 if power == LENGTH_FOLLOWS {
                     buffer.push(bytes.len);
                 }
@@ -292,7 +292,7 @@ impl<W: Write> Writer<W> {
                 place.store = address.wrapping_add(bytes.len() as u64);
             }
             Event::WriteBack { line, how, .. } => {
-                let tag = WRITE_BACK | (how as u8) << 3;
+                let tag = WRITE_BACK | ((how as u8) << 3);
                 let line = line / LINE;
                 if line == place.line.wrapping_add(1) {
                     buffer.push(tag | NEXT_LINE);
@@ -302,10 +302,10 @@ impl<W: Write> Writer<W> {
                 }
                 place.line = line;
             }
-            Event::Fence { kind, .. } => buffer.push(FENCE | (kind as u8) << 3),
+            Event::Fence { kind, .. } => buffer.push(FENCE | ((kind as u8) << 3)),
             Event::Mark { value, .. } => buffer.extend([MARK, value]),
             Event::Lost { what, address, .. } => {
-                buffer.push(LOST | (what as u8) << 3);
+                buffer.push(LOST | ((what as u8) << 3));
                 push_number(buffer, address);
             }
         }
@@ -338,7 +338,7 @@ fn push_number(to: &mut Vec<u8>, mut number: u64) {
 }
 
 fn push_signed(to: &mut Vec<u8>, number: i64) {
-    push_number(to, (number << 1 ^ number >> 63) as u64);
+    push_number(to, ((number << 1) ^ (number >> 63)) as u64);
 }
 
 /// Reads a log: an iterator of its events, in their order. After an error it has no more.
@@ -449,7 +449,7 @@ impl<R: BufRead> Log<R> {
             let event = match tag & 7 {
                 STORE => self.store(tag)?,
                 WRITE_BACK => {
-                    let how = match tag >> 3 & 3 {
+                    let how = match (tag >> 3) & 3 {
                         0 => WriteBack::Clwb,
                         1 => WriteBack::Clflushopt,
                         2 => WriteBack::Clflush,

@@ -424,7 +424,7 @@ impl Naive {
             images: BTreeSet::new(),
         };
         for subset in 0..1u32 << pieces.len() {
-            let there = |n: usize| subset & 1 << n != 0;
+            let there = |n: usize| subset & (1 << n) != 0;
             let is_closed = (0..pieces.len()).all(|later| {
                 !there(later) || (0..later).all(|n| there(n) || !pieces[n].precedes(&pieces[later]))
             });

@@ -64,15 +64,15 @@ fn the_file_is_as_documented() {
     let mut file = b"PMEMLOG1".to_vec();
     file.extend(START.to_le_bytes());
     file.extend(SIZE.to_le_bytes());
-    file.extend([3 << 5 | 1 << 4 | 1 << 3, 1, 2, 3, 4, 5, 6, 7, 8]);
+    file.extend([(3 << 5) | (1 << 4) | (1 << 3), 1, 2, 3, 4, 5, 6, 7, 8]);
     file.extend([1 << 4, 9]);
     // 9 bytes back.
     file.extend([7 << 5, 3, 17, 1, 2, 3]);
-    file.extend([1 << 3 | 1, 4]);
-    file.extend([5, 1, 1 << 5 | 1]);
-    file.extend([2 << 3 | 2]);
+    file.extend([(1 << 3) | 1, 4]);
+    file.extend([5, 1, (1 << 5) | 1]);
+    file.extend([(2 << 3) | 2]);
     file.extend([3, 0xa5]);
-    file.extend([1 << 3 | 4, 0xac, 0x02]);
+    file.extend([(1 << 3) | 4, 0xac, 0x02]);
     file.extend([7, 8]);
     assert_eq!(written(&events), file);
     assert_eq!(Log::new(&*file).unwrap().range(), START..START + SIZE);
@@ -136,12 +136,12 @@ fn nonsense_is_an_error() {
     for (what, bytes) in [
         ("a store beyond the range", &[1 << 4, 1, 0, 1][..]),
         ("a store beyond the range", &[0, 0xff, 0xff, 0xff, 0x7f, 1]),
-        ("a store's length", &[7 << 5 | 1 << 4, 65]),
-        ("a store's length", &[7 << 5 | 1 << 4, 0]),
+        ("a store's length", &[(7 << 5) | (1 << 4), 65]),
+        ("a store's length", &[(7 << 5) | (1 << 4), 0]),
         ("a line beyond the range", &[1, 1]),
-        ("an unknown write-back", &[3 << 3 | 1]),
-        ("an unknown fence", &[4 << 3 | 2]),
-        ("an unknown loss", &[2 << 3 | 4]),
+        ("an unknown write-back", &[(3 << 3) | 1]),
+        ("an unknown fence", &[(4 << 3) | 2]),
+        ("an unknown loss", &[(2 << 3) | 4]),
         ("a CPU's number", &[5, 0xff, 0xff, 0xff, 0xff, 0x1f]),
         (
             "more than 64 bits",

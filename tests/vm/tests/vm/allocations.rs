@@ -318,7 +318,8 @@ fn differing(before: &str, now: &str) -> String {
     let lines = |a: &str, b: &str, mark: &str| {
         let only = a.lines().filter(|line| !b.lines().any(|l| l == *line));
         only.map(|line| format!("{mark}{line}\n"))
-            .collect::<String>()
+            .collect::<Vec<_>>()
+            .concat()
     };
     lines(now, before, "+") + &lines(before, now, "-")
 }

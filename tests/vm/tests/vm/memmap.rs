@@ -286,7 +286,7 @@ fn a_refused_range_is_not_touched() -> Result<()> {
         let header = fs::read(memory.path())?[..128].to_vec();
         ensure!(header.starts_with(b"PMEMRSRV"), "{header:x?}");
         for at in [0, 7, 8, 12, 16, 24, 33, 40, 44, 100, 124] {
-            let flipped = [header[at] ^ 1 << (at % 8)];
+            let flipped = [header[at] ^ (1 << (at % 8))];
             file.write_all_at(&flipped, at as u64)?;
             file.write_all_at(&flipped, at as u64 + 4096)?;
             if at < 8 {

@@ -25,7 +25,7 @@ enum Way {
 
 impl Way {
     /// A machine with devices of these memories, or with ports for them.
-    fn machine<'a>(self, memories: &'a [Persistent]) -> Result<Builder<'a>> {
+    fn machine(self, memories: &[Persistent]) -> Result<Builder<'_>> {
         let machine = stock()?.upper(0).module("xfs");
         Ok(match self {
             Way::Unbind => memories.iter().fold(machine, Builder::bar),

@@ -168,7 +168,7 @@ fn what_has_no_format_is_not_touched() -> Result<()> {
     let memory = Persistent::new(SIZE)?;
     // Something else, with something in the places of the superblocks.
     let data: Vec<u8> = (0..SIZE / 8)
-        .flat_map(|n| (n | 1 << 63).to_le_bytes())
+        .flat_map(|n| (n | (1 << 63)).to_le_bytes())
         .collect();
     fs::write(memory.path(), &data)?;
     let same = |what: &str| -> Result<()> {
