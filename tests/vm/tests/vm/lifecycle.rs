@@ -43,10 +43,14 @@ const PAGES: &str = "pages";
 
 /// Objects in use of each slab cache, and the pages in use of all other memory.
 fn memory(vm: &Vm) -> Result<BTreeMap<String, i64>> {
-    // What the CPUs keep for the next allocation would count as in use.
+    // What the CPUs keep for the next allocation would count as in use; and of that, what was given back by kfree_rcu() goes
+    // a grace period later.
     vm.sh(
         "sync; echo 3 >/proc/sys/vm/drop_caches; sleep 0.2; echo 3 >/proc/sys/vm/drop_caches
-         for cache in /sys/kernel/slab/*/shrink; do echo 1 >$cache; done",
+         for i in 1 2; do
+             for cache in /sys/kernel/slab/*/shrink; do echo 1 >$cache; done
+             sleep 0.5
+         done",
     )?;
     let slabs = vm.text("/proc/slabinfo")?;
     let mut active = BTreeMap::new();
