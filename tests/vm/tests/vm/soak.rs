@@ -3,7 +3,7 @@
 //! Hours of everything at once, on demand: what is written is verified while memory is short, over and over, and the
 //! driver is taken down and loaded again in between.
 
-use crate::kmem;
+use crate::kmem::{self, TOO_MUCH};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
 use vm_tests::{boot, load, stock, unload, Random, Trace};
@@ -33,11 +33,10 @@ fn round(vm: &Vm, n: u64, seed: u64) -> Result<()> {
         ),
         GUARD,
     )?;
-    let too_much = kmem::TOO_MUCH;
     vm.sh_for(
         &format!(
             "cd /tmp; rm -f stop
-             {too_much}
+             {TOO_MUCH}
              ( while [ ! -e stop ]; do
                    echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory; sleep 2
                done ) &

@@ -5,7 +5,7 @@
 use super::{groups, load_movable, ram, set_state, take_down, Hog, PAGE, TOO_MUCH};
 use anyhow::{ensure, Result};
 use std::time::Duration;
-use vm_tests::{boot, has_kasan, load, stock, End, MIB};
+use vm_tests::{boot, load, stock, End, MIB};
 use xtask::vm::Vm;
 
 /// So small that it is full soon.
@@ -82,8 +82,7 @@ fn compare(vm: &Vm, mib: u64) -> Result<()> {
 /// a write fails, and does not hang.
 #[test]
 fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
-    let ram = if has_kasan()? { 1280 } else { 896 };
-    boot(stock()?.ram(ram * MIB), |vm| {
+    boot(stock()?.ram(896 * MIB), |vm| {
         load_movable(vm, "kmem_start=4G kmem_size=256M kmem_format=blk")?;
         groups(vm)?;
         vm.sh("pmem-guest fill /tmp/x 251658240 1")?;
