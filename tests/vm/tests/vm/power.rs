@@ -3,7 +3,7 @@
 //! Power failures: the machine is killed, and another one boots on the same memory.
 
 use anyhow::Result;
-use vm_tests::{boot, load, stock, Persistent, GIB};
+use vm_tests::{boot, cut, load, stock, Persistent, GIB};
 
 const LOAD: &str = "pmem_start=4G pmem_size=1GiB pmem_count=2";
 
@@ -16,7 +16,7 @@ fn survives(module: Option<&str>, mkfs: &str, check: &str) -> Result<()> {
             None => machine,
         })
     };
-    boot(machine()?, |vm| {
+    cut(machine()?, |vm| {
         load(vm, LOAD)?;
         vm.sh(&format!(
             "{mkfs} /dev/pmem0; mkdir -p /mnt/a; mount -o dax=always /dev/pmem0 /mnt/a
@@ -54,7 +54,7 @@ fn xfs_files_survive() -> Result<()> {
 #[test]
 fn completed_writes_survive() -> Result<()> {
     let memory = Persistent::new(GIB)?;
-    boot(stock()?.persistent(&memory), |vm| {
+    cut(stock()?.persistent(&memory), |vm| {
         load(vm, LOAD)?;
         vm.sh("pmem-guest fill /tmp/x 16777216 5
              dd if=/tmp/x of=/dev/pmem0 bs=64k oflag=direct 2>/dev/null

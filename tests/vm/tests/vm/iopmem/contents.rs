@@ -6,7 +6,7 @@ use super::{attribute, compare, machine, pattern, place, says, serve, EXT4, LONG
 use crate::dax::is_mapped_by_a_pmd;
 use anyhow::{ensure, Context, Result};
 use std::fs;
-use vm_tests::{boot, log, unload, Persistent, Trace, MIB};
+use vm_tests::{boot, cut, log, unload, Persistent, Trace, MIB};
 use xtask::vm::Vm;
 
 /// Programs that look for persistent memory, and the block layer, go by these.
@@ -266,7 +266,7 @@ fn a_pmd_maps_2_mib_of_a_bar() -> Result<()> {
 fn survives(mkfs: &str, check: &str) -> Result<()> {
     const LEN: u64 = 20_000_000;
     let memory = Persistent::new(SIZE)?;
-    boot(machine(&memory)?, |vm| {
+    cut(machine(&memory)?, |vm| {
         load_and_mount(vm, "iopmem_persistent=1", mkfs)?;
         ensure!(
             attribute(vm, "pmem/durability")? == "durable after a flush",

@@ -7,7 +7,7 @@ use super::{
 };
 use anyhow::{ensure, Result};
 use std::fs;
-use vm_tests::{boot, load, stock, Persistent, GIB, MIB};
+use vm_tests::{boot, cut, load, stock, Persistent, GIB, MIB};
 
 /// In each word of a process that has a secret.
 const SECRET: u64 = 0x7365_6372_6574_2121;
@@ -136,7 +136,7 @@ fn blocks_with_data_are_counted() -> Result<()> {
 #[test]
 fn files_outlive_a_power_loss() -> Result<()> {
     let memory = Persistent::new(GIB)?;
-    boot(stock()?.persistent(&memory), |vm| {
+    cut(stock()?.persistent(&memory), |vm| {
         load_movable(vm, BLK)?;
         vm.sh(
             "mkfs.ext4 -q -F /dev/kmem1; mkdir -p /mnt/a; mount /dev/kmem1 /mnt/a

@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 use std::ops::AddAssign;
 use std::thread;
 use std::time::Duration;
-use vm_tests::{boot, pmemctl, stock, Persistent, MIB};
+use vm_tests::{boot, cut, pmemctl, stock, Persistent, MIB};
 use xtask::vm::{Builder, Vm};
 
 /// How often the power is lost.
@@ -165,15 +165,15 @@ fn lose_power(cuts: u64, atomic: bool) -> Result<()> {
         subject.blocks = ram(vm)?;
         vm.sh(MAKE).map(drop)
     })?;
-    for cut in 0..cuts {
+    for n in 0..cuts {
         let mapped = check(&memory)?;
         // What removed files had goes back to the system, or stays.
         let options = ["discard", "nodiscard"][random.below(2) as usize];
-        boot(machine(&memory)?, |vm| {
+        cut(machine(&memory)?, |vm| {
             subject.verify(vm, mapped, options)?;
-            subject.write(vm, &mut random, cut % 3 == 2)
+            subject.write(vm, &mut random, n % 3 == 2)
         })
-        .with_context(|| format!("before cut {cut}"))?;
+        .with_context(|| format!("before cut {n}"))?;
     }
     let mapped = check(&memory)?;
     boot(machine(&memory)?, |vm| {

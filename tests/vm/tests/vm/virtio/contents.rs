@@ -6,7 +6,7 @@ use super::{machine, serve, EXT4, LONG, SIZE, XFS};
 use anyhow::{ensure, Context, Result};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use vm_tests::{boot, Persistent, MIB};
+use vm_tests::{boot, cut, Persistent, MIB};
 use xtask::vm::Vm;
 
 /// Programs that look for persistent memory, and the block layer, go by these.
@@ -119,7 +119,7 @@ fn a_disk_without_a_file_system() -> Result<()> {
 /// What was synced is there after a power failure, also for who has the kernel's own driver: the layout is the same.
 fn survives(mkfs: &str, check: &str) -> Result<()> {
     let memory = Persistent::new(SIZE)?;
-    boot(machine(&memory)?, |vm| {
+    cut(machine(&memory)?, |vm| {
         serve(vm)?;
         vm.sh_for(
             &format!(
