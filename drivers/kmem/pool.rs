@@ -86,6 +86,12 @@ const GATHER: u64 = 64;
 /// How many pages are taken back from the system at once: 128 MiB.
 const TAKE: u64 = 1 << 15;
 
+/// How many at least, when one of more could not be moved: 2 MiB, which the kernel isolates as a whole.
+const TAKE_LEAST: u64 = 1 << 9;
+
+/// How often these are tried, after pauses each of which is twice as long as the last: a second in all.
+const TRIES: u32 = 10;
+
 /// The stack of a CPU, in a cache line of its own.
 #[pin_data]
 #[repr(align(64))]
@@ -183,7 +189,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// `EBUSY` or `ENOMEM` if one of them cannot be moved: then all is as it was.
+    /// `EBUSY` or `ENOMEM` if one of them cannot be moved, `EINTR` if the process is being killed:
+    /// then all is as it was.
     pub(super) fn take_back(&self) -> Result {
         self.keep.store(i64::MAX, Relaxed);
         let result = self.take_all();
@@ -195,21 +202,26 @@ impl Pool {
 
     fn take_all(&self) -> Result {
         let mut from = Page(0);
-        let mut failures = 0;
-        while let Some((first, count)) = self.memory.next_released(from, TAKE) {
+        let mut most = TAKE;
+        let mut tries = 0;
+        while let Some((first, count)) = self.memory.next_released(from, most) {
             match self.memory.exchange().take(first, count, true) {
                 Ok(()) => {
                     self.push(first, count);
                     from = Page(first.0.wrapping_add(count));
-                    failures = 0;
+                    most = TAKE.min(most.wrapping_mul(2));
+                    tries = 0;
                 }
-                // A write may have taken one of them, or a reference was there for a moment.
+                Err(EINTR) => return Err(EINTR),
+                // A write may have taken one of them, or a reference was there for a moment: less
+                // likely of fewer.
+                Err(_) if most > TAKE_LEAST => most = TAKE_LEAST.max(most / 8),
                 Err(error) => {
-                    failures += 1;
-                    if failures == 5 {
+                    tries += 1;
+                    if tries == TRIES {
                         return Err(if error == ENOMEM { ENOMEM } else { EBUSY });
                     }
-                    fsleep(PAUSE);
+                    fsleep(Delta::from_millis(1 << tries));
                 }
             }
         }
