@@ -63,6 +63,7 @@ usage: pmem-guest PROGRAM ...
   files-check DIR LOG               after a power loss, compare them with LOG
   differing FILE DISK BLOCKS        print the numbers of blocks that are not the same in both, or cannot be read
   census DISK WORD                  count pages that are zero, have a WORD, or neither, as JSON
+  slabs                             have all slab caches give back what they keep for later, and print /proc/slabinfo
   poll FILE SECONDS                 wait until a file in sysfs says that it has changed, and print it
   mmap-read FILE PAGE               read a page of a mapping
   access FILE BYTES INSTRUCTION@OFFSET*COUNT ...
@@ -172,6 +173,7 @@ pub fn run(args: &[String]) -> io::Result<()> {
         ["files-check", dir, log] => writers::files_check(dir, log),
         ["differing", file, disk, blocks] => differing(file, disk, number(blocks)?),
         ["census", disk, word] => census(disk, number(word)? as u64),
+        ["slabs"] => slabs(),
         ["poll", file, seconds] => poll_file(file, number(seconds)?),
         ["mmap-read", file, page] => {
             black_box(map(file)?.bytes()[number(page)? * PAGE]);
@@ -465,6 +467,25 @@ fn hog(len: usize, word: u64, until: &str) -> io::Result<()> {
         0 => Ok(()),
         wrong => Err(io::Error::other(format!("{wrong} words have changed"))),
     }
+}
+
+/// Shrinks all slab caches. An open file of sysfs has an object, which goes a grace period after it is closed, and there is
+/// a file for each cache: all of them are open until the objects are counted, so that as many are in use each time.
+fn slabs() -> io::Result<()> {
+    let mut caches = Vec::new();
+    for cache in std::fs::read_dir("/sys/kernel/slab")? {
+        let path = cache?.path().join("shrink");
+        caches.push(OpenOptions::new().write(true).open(path)?);
+    }
+    // What was given to kfree_rcu() is free some time after the first.
+    for _ in 0..3 {
+        for cache in &caches {
+            cache.write_all_at(b"1", 0)?;
+        }
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    print!("{}", std::fs::read_to_string("/proc/slabinfo")?);
+    Ok(())
 }
 
 /// Reads a disk from its start, past the page cache.

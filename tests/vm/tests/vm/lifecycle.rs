@@ -43,16 +43,11 @@ const PAGES: &str = "pages";
 
 /// Objects in use of each slab cache, and the pages in use of all other memory.
 fn memory(vm: &Vm) -> Result<BTreeMap<String, i64>> {
-    // What the CPUs keep for the next allocation would count as in use; and of that, what was given back by kfree_rcu() goes
-    // a grace period later.
-    vm.sh(
+    // What the CPUs keep for the next allocation would count as in use.
+    let slabs = vm.sh(
         "sync; echo 3 >/proc/sys/vm/drop_caches; sleep 0.2; echo 3 >/proc/sys/vm/drop_caches
-         for i in 1 2; do
-             for cache in /sys/kernel/slab/*/shrink; do echo 1 >$cache; done
-             sleep 0.5
-         done",
+         pmem-guest slabs",
     )?;
-    let slabs = vm.text("/proc/slabinfo")?;
     let mut active = BTreeMap::new();
     for line in slabs.lines().skip(2) {
         let mut words = line.split_whitespace();
