@@ -86,7 +86,8 @@ const GATHER: u64 = 64;
 /// How many pages are taken back from the system at once: 128 MiB.
 const TAKE: u64 = 1 << 15;
 
-/// How many at least, when one of more could not be moved: 2 MiB, which the kernel isolates as a whole.
+/// How many at least, when one of more could not be moved: 2 MiB, which the kernel isolates as a
+/// whole.
 const TAKE_LEAST: u64 = 1 << 9;
 
 /// How often these are tried, after pauses each of which is twice as long as the last: a second in all.

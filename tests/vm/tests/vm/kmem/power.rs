@@ -26,7 +26,7 @@ const MAKE: &str =
 /// The blocks of the disk that are written at random: few, so that they are written again and again.
 const BLOCKS: u32 = 384;
 
-/// The longest time that the writers have until the power is lost, in microseconds.
+/// The longest time that the writers have until the power is lost, in microseconds, if nothing else is waited for.
 const LONGEST: u64 = 1_200_000;
 
 /// The image is in order; returns how many pages have data.
@@ -121,14 +121,14 @@ impl Subject {
     /// Writes until the power is lost, in cut `n`: some of them while pages go to the system and come back.
     fn write(&mut self, vm: &Vm, random: &mut Random, n: u64) -> Result<()> {
         let seed = random.below(1 << 32);
-        let (toggle, hog) = if n % 3 == 2 {
+        let (toggle, hog, longest) = if n % 3 == 2 {
             let toggle = "cd /sys/devices/faux/kmem1
                  while :; do
                      for state in offline online; do echo $state >state && echo >>/tmp/toggled || true; done
                  done";
-            (toggle, 20_000_000)
+            (toggle, 20_000_000, 2 * LONGEST)
         } else {
-            ("true", 200_000_000)
+            ("true", 200_000_000, LONGEST)
         };
         // Processes use what the disk does not, so that a page that is given back too early is overwritten. They may
         // have other memory, too: while the range goes offline, others were killed for those that may not.
@@ -140,11 +140,11 @@ impl Subject {
              ( while :; do numactl --preferred=1 pmem-guest hog {hog} 12345 / || true; done ) >/dev/null 2>&1 &
              ( {toggle} ) 2>/dev/null &"
         ))?;
-        // The first time that the range goes offline takes long: it is cut short in every other of these.
+        // What must be moved away before the range is offline takes its time: that is cut short in every other of these.
         if n % 6 == 2 {
             vm.sh("until [ -s /tmp/toggled ]; do sleep 0.05; done")?;
         }
-        thread::sleep(Duration::from_micros(random.below(LONGEST)));
+        thread::sleep(Duration::from_micros(random.below(longest)));
         // A writer that ends has failed.
         let said = vm.sh("wc -l </tmp/toggled; cat /tmp/ended")?;
         let (toggled, ended) = said.split_once('\n').context("nothing is said")?;
