@@ -2,8 +2,8 @@
 
 //! Writes when memory is short: none is lost, none hangs, and none fails as long as there is a page.
 
-use super::{groups, load_movable, ram, set_state, take_down, Hog, PAGE, TOO_MUCH};
-use anyhow::{ensure, Result};
+use super::{groups, load_movable, ram, said, set_state, take_down, Hog, PAGE, TOO_MUCH};
+use anyhow::{ensure, Context, Result};
 use std::time::Duration;
 use vm_tests::{boot, has_kasan, load, stock, End, MIB};
 use xtask::vm::Vm;
@@ -78,6 +78,33 @@ fn compare(vm: &Vm, mib: u64) -> Result<()> {
     .map(drop)
 }
 
+/// How many processes the kernel has killed for want of memory.
+fn killed(vm: &Vm) -> Result<u64> {
+    let count = vm.sh("awk '$1 == \"oom_kill\" { print $2 }' /proc/vmstat")?;
+    Ok(count.trim().parse()?)
+}
+
+/// Writes while there is room for a few blocks, and no more.
+fn without_room(vm: &Vm) -> Result<()> {
+    ensure!(write(vm, 0, 4)?, "some is free");
+    ensure!(!write(vm, 4, 236)?, "more than there is has found room");
+    // Old blocks can be written all the time.
+    for _ in 0..3 {
+        ensure!(write(vm, 0, 4)?, "a block that had a page needs no more");
+    }
+    compare(vm, 4)?;
+    // Who must not wait is told so, and does not need to for an old block.
+    vm.sh(
+        "cd /tmp; xfs_io -d -c 'pwrite -V 1 -N -b 4k -i x 0 64k' /dev/kmem1
+         n=60000
+         while xfs_io -d -c \"pwrite -V 1 -N -b 4k $((n * 4096)) 4k\" /dev/kmem1 2>error; do
+             n=$((n + 1)); [ $n -lt 61000 ]
+         done
+         grep -q 'Resource temporarily unavailable' error",
+    )
+    .map(drop)
+}
+
 /// Processes that stay have their memory moved to another node, and do not notice; when there is no room there either,
 /// a write fails, and does not hang.
 #[test]
@@ -89,11 +116,7 @@ fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
         groups(vm)?;
         vm.sh("pmem-guest fill /tmp/x 251658240 1")?;
         let hog = Hog::fill(vm, 1, 0x1234_5678_9abc_def1)?;
-        ensure!(
-            write(vm, 0, 240)?,
-            "there was room in node 0: {}",
-            super::said(vm)
-        );
+        ensure!(write(vm, 0, 240)?, "there was room in node 0: {}", said(vm));
         compare(vm, 240)?;
         hog.end()?;
         vm.sh("blkdiscard /dev/kmem1")?;
@@ -103,25 +126,25 @@ fn memory_of_processes_is_moved_as_long_as_there_is_room() -> Result<()> {
         if has_kasan()? {
             return take_down(vm);
         }
-        let hogs = [Hog::fill(vm, 1, 1)?, Hog::fill(vm, 0, 2)?];
-        ensure!(write(vm, 0, 4)?, "some is free");
-        ensure!(!write(vm, 4, 236)?, "more than there is has found room");
-        // Old blocks can be written all the time.
-        for _ in 0..3 {
-            ensure!(write(vm, 0, 4)?, "a block that had a page needs no more");
-        }
-        compare(vm, 4)?;
-        // Who must not wait is told so, and does not need to for an old block.
-        vm.sh(
-            "cd /tmp; xfs_io -d -c 'pwrite -V 1 -N -b 4k -i x 0 64k' /dev/kmem1
-             n=60000
-             while xfs_io -d -c \"pwrite -V 1 -N -b 4k $((n * 4096)) 4k\" /dev/kmem1 2>error; do
-                 n=$((n + 1)); [ $n -lt 61000 ]
-             done
-             grep -q 'Resource temporarily unavailable' error",
-        )?;
-        for hog in hogs {
-            hog.kill()?;
+        for left in (0..5).rev() {
+            let before = killed(vm)?;
+            let hogs = [Hog::fill(vm, 1, 1)?, Hog::fill(vm, 0, 2)?];
+            let result = without_room(vm);
+            let killed = killed(vm)? - before;
+            for hog in hogs {
+                hog.kill()?;
+            }
+            match result {
+                // Some object of the kernel's own needed a page in the meantime.
+                Err(error) if killed > 0 && left > 0 => {
+                    eprintln!("{killed} processes were killed: once more, after {error:#}");
+                    vm.sh("blkdiscard /dev/kmem1")?;
+                }
+                result => {
+                    result.with_context(|| said(vm))?;
+                    break;
+                }
+            }
         }
         ensure!(write(vm, 0, 240)?, "there is room again");
         compare(vm, 240)?;
