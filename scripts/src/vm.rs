@@ -81,6 +81,10 @@ const COMMAND: Duration = Duration::from_secs(120);
 /// What an answer may take beyond what was asked for.
 const SLACK: Duration = Duration::from_secs(30);
 
+/// How often a machine is booted at most until its clock runs right, which it does not in one boot of twelve on a very
+/// busy host.
+const CLOCKS: u32 = 5;
+
 /// Says how many times as long as usual everything may take, on a host that has much else to do.
 const PATIENCE: &str = "PMEM_PATIENCE";
 
@@ -565,6 +569,23 @@ impl<'a> Builder<'a> {
 
     /// Boots the machine, and waits until it does what it is told.
     pub fn start(self) -> Result<Vm> {
+        for _ in 0..CLOCKS {
+            let vm = self.launch_again_if_silent()?;
+            if !console::clock_is_wrong(&vm.console()) {
+                return Ok(vm);
+            }
+            self.progress.line(&format!(
+                "{}: the guest's clock runs wrong; booting again",
+                self.name
+            ));
+        }
+        bail!(
+            "{}: the guest's clock ran wrong in each of {CLOCKS} boots: has this machine much else to do?",
+            self.name
+        )
+    }
+
+    fn launch_again_if_silent(&self) -> Result<Vm> {
         match self.launch() {
             // Emulated on a busy host, a kernel once in a long while stops early in its boot, or QEMU does, when one CPU
             // changes where a device is while another one accesses memory. Whether it boots at all is asked with the
