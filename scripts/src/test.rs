@@ -466,7 +466,8 @@ fn has_vm_tests() -> bool {
 
 fn cargo(command: &str) -> Command {
     let mut cargo = crates::cargo(command);
-    cargo.stdin(Stdio::null());
+    // An error says what it is about; how the test came to return it fills screens. A panic keeps its backtrace.
+    cargo.stdin(Stdio::null()).env("RUST_LIB_BACKTRACE", "0");
     cargo
 }
 

@@ -1313,7 +1313,8 @@ impl Vm {
         self.file("console")
     }
 
-    fn console_tail(&self) -> String {
+    /// The last lines of that, for a message.
+    pub fn console_tail(&self) -> String {
         format!(
             "The guest's console ends:\n{}",
             console::tail(&self.console(), 40)

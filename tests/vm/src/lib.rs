@@ -165,7 +165,12 @@ pub fn boot_dirty(machine: Builder<'_>, body: impl FnOnce(&Vm) -> Result<()>) ->
         Err(error) => {
             let console = guest.vm.keep_console();
             guest.good = true;
-            Err(error.context(format!("the guest's console is in {}", console.display())))
+            // Its end is told, too, for who has no more than what a test of someone else's machine has printed.
+            Err(error.context(format!(
+                "the guest's console is in {}. {}",
+                console.display(),
+                guest.vm.console_tail()
+            )))
         }
     }
 }
