@@ -163,16 +163,20 @@ pub fn boot_dirty(machine: Builder<'_>, body: impl FnOnce(&Vm) -> Result<()>) ->
             Ok(())
         }
         Err(error) => {
-            let console = guest.vm.keep_console();
             guest.good = true;
-            // Its end is told, too, for who has no more than what a test of someone else's machine has printed.
-            Err(error.context(format!(
-                "the guest's console is in {}. {}",
-                console.display(),
-                guest.vm.console_tail()
-            )))
+            Err(error.context(keep_console(&mut guest.vm)))
         }
     }
+}
+
+/// Keeps the console. Returns where, and its end, for who has no more than what a test has printed.
+fn keep_console(vm: &mut Vm) -> String {
+    let path = vm.keep_console();
+    format!(
+        "the guest's console is in {}. {}",
+        path.display(),
+        vm.console_tail()
+    )
 }
 
 /// Keeps the console when an assertion fails.
@@ -184,10 +188,7 @@ struct Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         if !self.good {
-            eprintln!(
-                "the guest's console is in {}",
-                self.vm.keep_console().display()
-            );
+            eprintln!("{}", keep_console(&mut self.vm));
         }
     }
 }
